@@ -1,0 +1,40 @@
+// What the kernels share: sums over short vectors in shared memory, and sums over neighbouring threads.
+
+#pragma once
+#include <cuda_runtime.h>
+
+// Sums run in four interleaved parts, which shortens the chain of dependent additions. Loops have compile-time bounds and
+// are unrolled, so that a vector `a` held in registers stays there; vectors in shared memory are 16-byte aligned.
+template <int N, typename Vector>
+__device__ float dot(const Vector& a, const float* b) {
+  float part[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < N; ++i) part[i % 4] += a[i] * b[i];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+template <int N>
+__device__ float sum(const float* v) {
+  float part[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < N; ++i) part[i % 4] += v[i];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+template <int N>
+__device__ float maximum(const float* v) {
+  float part[4] = {v[0], v[1], v[2], v[3]};
+#pragma unroll
+  for (int i = 4; i < N; ++i) part[i % 4] = fmaxf(part[i % 4], v[i]);
+  return fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
+}
+
+// Sum over LANES neighbouring threads (a power of two); all of them get it.
+template <int LANES>
+__device__ float sum_over_lanes(float value) {
+#pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffff, value, mask);
+  return value;
+}
+
+__host__ __device__ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
