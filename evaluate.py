@@ -1,0 +1,199 @@
+"""Scores a checkpoint: plays each level of a split exactly once per game and reports the mean returns.
+
+    python evaluate.py --start-level 1000                    newest checkpoint under runs/, levels 1000 to 1199
+    python evaluate.py --checkpoint runs/NAME/checkpoint.pt --env maze heist --no-greedy
+
+The agent is that of the script which the checkpoint names: any impala_procgen_*.py, or your own copy beside this file.
+The paper's splits have 200 levels each: training --start-level 0; tests 1000, 1200 and 1400.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from impala_procgen_srwm import (
+    RETURN_RANGE,
+    ProcgenGym3Env,
+    check_games,
+    check_numbers,
+    command_line,
+    load_checkpoint,
+    load_weights,
+)
+
+
+@dataclass
+class Args:
+    checkpoint: Path | None = None
+    """the checkpoint to score (None: the newest runs/*/checkpoint.pt)"""
+    start_level: int = 0
+    """first level of the split"""
+    num_levels: int = 200
+    """levels in the split, each played once per game (exploration has one fixed level)"""
+    distribution_mode: str | None = None
+    """easy, hard, extreme, memory or exploration (None: the checkpoint's own)"""
+    env: tuple[str, ...] = ()
+    """games to play (none: the checkpoint's own)"""
+    greedy: bool = True
+    """take the most probable action; --no-greedy samples"""
+    seed: int = 1
+    """seed of the sampled actions"""
+    cuda: bool = torch.cuda.is_available()
+    """compute on the GPU"""
+
+
+def import_script(name):
+    """The training script `name` beside this file, as a module. ValueError if there is none of that name."""
+    path = Path(__file__).parent / name
+    if Path(name).name != name or path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Levels:
+    """One environment for each (game, level), stepped by several threads."""
+
+    def __init__(self, pairs, distribution_mode):
+        def make(pair):
+            game, level = pair
+            split = {} if distribution_mode == "exploration" else dict(num_levels=1, start_level=level)
+            return ProcgenGym3Env(1, game, distribution_mode=distribution_mode, num_threads=0, rand_seed=0, **split)
+
+        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.envs = list(self.pool.map(make, pairs))
+
+    def step(self, actions=None):
+        """Acts, if there are actions, and observes. Returns rewards (B,), frames (B, 64, 64, 3) and dones (B,)."""
+
+        def step_some(first):
+            seen = []
+            for n in range(first, len(self.envs), self.threads):
+                if actions is not None:
+                    self.envs[n].act(actions[n : n + 1])
+                reward, obs, done = self.envs[n].observe()
+                seen.append((n, reward[0], obs["rgb"][0], done[0]))
+            return seen
+
+        seen = sorted(entry for part in self.pool.map(step_some, range(self.threads)) for entry in part)
+        return tuple(np.stack(column) for column in list(zip(*seen))[1:])
+
+    def keep(self, indices):
+        self.envs = [self.envs[n] for n in indices]
+
+
+@torch.no_grad()
+def play(agent, args, pairs, greedy, seed, device):
+    """Plays one episode of each (game, level). Returns their returns, in the order of the pairs."""
+    levels, returns = Levels(pairs, args.distribution_mode), np.zeros(len(pairs))
+    generator = torch.Generator(device).manual_seed(seed)
+    state, playing, begin, printed = agent.initial_state(len(pairs)), np.arange(len(pairs)), time.time(), 0.0
+    reward, frames, _ = levels.step()
+    done, step = True, 0
+    while len(playing) > 0:
+        if not args.carry_state and step % args.unroll_length == 0:
+            state = tuple(torch.zeros_like(part) for part in state)
+        inputs = (torch.from_numpy(x)[None].to(device) for x in (frames, reward, np.full(len(playing), done)))
+        logits, _, state = agent(*inputs, state)
+        scores = logits[0]
+        if not greedy:  # the first clock to ring is a sample of the softmax
+            scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
+        action = scores.argmax(-1).int().cpu().numpy()
+        reward, frames, ended = levels.step(action)
+        returns[playing] += reward
+        done, step = False, step + 1
+        if ended.any():
+            stay = np.flatnonzero(~ended)
+            levels.keep(stay)
+            playing, reward, frames = playing[stay], reward[stay], frames[stay]
+            state = tuple(part[torch.from_numpy(stay).to(device)] for part in state)
+        if time.time() - printed > 5:
+            printed = time.time()
+            print(f"{len(pairs) - len(playing)} of {len(pairs)} episodes ended, step {step}, {printed - begin:.0f} s",
+                  file=sys.stderr, flush=True)
+    return returns
+
+
+def table(results):
+    """The results as lines of text: a row for each game, and their mean."""
+    def cell(value):
+        return f"{'-' if value is None else format(value, '.3f'):>12}"
+
+    lines = [f"{'game':<12}{'mean return':>12}{'std. error':>12}{'normalized':>12}"]
+    for game, row in (results["games"] | {"mean": results["mean"]}).items():
+        lines.append(f"{game:<12}" + "".join(cell(row.get(key)) for key in ("mean_return", "standard_error", "normalized")))
+    return "\n".join(lines)
+
+
+def summarize(returns, distribution_mode):
+    """Statistics of the returns {game: [one of each level]}, as they go into the JSON file."""
+    games = {}
+    for game, values in returns.items():
+        mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+        low, high = RETURN_RANGE[game].get(distribution_mode, (None, None))
+        normalized = None if low is None else (mean - low) / (high - low)
+        games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, returns=values)
+    mean = {key: np.mean([row[key] for row in games.values()]) for key in ("mean_return", "normalized")
+            if None not in [row[key] for row in games.values()]}
+    return dict(games=games, mean=mean)
+
+
+def evaluate(args):
+    path = args.checkpoint
+    if path is None:
+        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ValueError("--checkpoint is missing, and there is none under runs/")
+        path = found[-1]
+    checkpoint = load_checkpoint(path, script=None)
+    script = import_script(checkpoint["script"])
+    here = dict(cuda=args.cuda, bf16=None, compile=False, resume=None)  # how to compute is a matter of this machine
+    trained, games = script.complete(script.Args(**checkpoint["args"] | here))
+    trained.distribution_mode = args.distribution_mode or trained.distribution_mode
+    trained.start_level, trained.num_levels = args.start_level, args.num_levels
+    games = args.env or games
+    check_games(games, trained)
+    if trained.distribution_mode == "exploration":
+        trained.num_levels = 1
+
+    device = torch.device("cuda" if args.cuda else "cpu")
+    agent = script.Agent(trained).to(device)
+    load_weights(agent, checkpoint)
+    print(f"{path} ({checkpoint['step']:,} steps), {trained.distribution_mode}, levels {args.start_level} to "
+          f"{args.start_level + trained.num_levels - 1}, {'greedy' if args.greedy else 'sampled'} actions")
+    pairs = [(game, args.start_level + level) for game in games for level in range(trained.num_levels)]
+    returns = play(agent, trained, pairs, args.greedy, args.seed, device).reshape(len(games), -1)
+    results = summarize(dict(zip(games, returns.tolist())), trained.distribution_mode)
+    results |= dict(checkpoint=str(path), step=checkpoint["step"], distribution_mode=trained.distribution_mode,
+                    start_level=args.start_level, num_levels=trained.num_levels, greedy=args.greedy, seed=args.seed)
+    name = f"evaluation_{trained.distribution_mode}_{args.start_level}_{trained.num_levels}{'' if args.greedy else '_sampled'}"
+    path.with_name(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(f"written to {path.with_name(f'{name}.json')}")
+
+
+def main():
+    try:
+        args = command_line(Args(), __doc__)
+        check_numbers(args)
+        if args.num_levels < 1:
+            raise ValueError("--num-levels must be positive, got 0")
+        evaluate(args)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
