@@ -175,7 +175,7 @@ def evaluate(args):
     pairs = [(game, args.start_level + level) for game in games for level in range(trained.num_levels)]
     returns = play(agent, trained, pairs, args.greedy, args.seed, device).reshape(len(games), -1)
     results = summarize(dict(zip(games, returns.tolist())), trained.distribution_mode)
-    results |= dict(checkpoint=str(path), step=checkpoint["step"], distribution_mode=trained.distribution_mode,
+    results |= dict(run=path.parent.name, step=checkpoint["step"], distribution_mode=trained.distribution_mode,
                     start_level=args.start_level, num_levels=trained.num_levels, greedy=args.greedy, seed=args.seed)
     name = f"evaluation_{trained.distribution_mode}_{args.start_level}_{trained.num_levels}{'' if args.greedy else '_sampled'}"
     path.with_name(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -529,10 +529,10 @@ def save_checkpoint(path, given, agent, learner, episodes, step):
 
 def load_checkpoint(path, script):
     """Reads what `save_checkpoint` wrote (None: any script's), executing nothing of it. ValueError if it is not that."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # torch.load has no error of its own for a damaged file
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not {"script", "args", "step", "model", "optimizer", "episodes"} <= set(checkpoint):
@@ -559,7 +559,7 @@ class Logger:
 
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, resume="allow",
                        config=to_plain(args), dir=run, sync_tensorboard=True)
-        self.writer = SummaryWriter(run, purge_step=step or None)
+        self.writer = SummaryWriter(run, purge_step=step + 1 if step else None)
         if step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")

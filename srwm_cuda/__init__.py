@@ -1,6 +1,7 @@
-"""Self-referential weight matrices for PyTorch: fused CUDA kernels, and the same functions in plain PyTorch.
+"""Self-referential weight matrices and the delta rule for PyTorch: fused CUDA kernels, and the same in plain PyTorch.
 
     y, new_state = srwm_cuda.srwm(x, W, state, done)
+    out, new_state = srwm_cuda.delta_rule(q, k, v, beta, state, done)
 
 CUDA tensors of float32 take the kernels (compiled at first use, in seconds, with `nvcc`; cached as PyTorch caches its
 extensions); all others take `srwm_cuda.reference`, a loop over time that reads like the equations.
@@ -18,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 
-__all__ = ["reference", "srwm"]
+__all__ = ["delta_rule", "reference", "srwm"]
 
 KERNEL_HEAD_SIZES = (8, 16, 32, 64)
-MAX_COLUMNS = 512  # of W, as in srwm.cu: one thread each
+MAX_COLUMNS = 512  # of a matrix, as in common.cuh: one thread each
 _compiling = threading.Lock()
 
 
@@ -44,44 +45,72 @@ def srwm(x, W, state, done, bptt_length=None):
         y: (T, B, H, Y), and new_state, like state. Both are differentiable with respect to x, W and state.
 
     Raises:
-        ValueError: a shape, dtype or device that is none of the above; on CUDA also a head size D other than 8, 16, 32, 64.
+        ValueError: a shape, dtype or device that is none of the above; on CUDA also a head size D other than 8, 16, 32, 64,
+            or more than 512 columns.
 
     The kernels are deterministic, run on PyTorch's current stream and can be captured into a CUDA graph.
     """
     T, B, H, D = _shape("x", x, "(T, B, H, D)")
     _, _, columns = _shape("W", W, "(H, D, Y + 2D + 4)")
-    if T < 1 or B < 1 or H < 1 or D < 1:
-        raise ValueError(f"x: every size must be at least 1, got {tuple(x.shape)}")
     if columns - 2 * D - 4 < 1:
         raise ValueError(f"W must have at least 2D + 5 = {2 * D + 5} columns for D = {D}, got {columns}")
-    _like("W", W, x, (H, D, columns))
-    _like("state", state, x, (B, H, D, columns))
-    _check_done(done, x, (T, B))
-    if bptt_length is not None and bptt_length < 1:
-        raise ValueError(f"bptt_length must be None or at least 1, got {bptt_length}")
-    if x.is_cuda and D not in KERNEL_HEAD_SIZES:
-        raise ValueError(f"x: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {D}")
-    if x.is_cuda and columns > MAX_COLUMNS:
-        raise ValueError(f"W: on CUDA, at most {MAX_COLUMNS} columns, got {columns}")
-    if x.is_cuda and x.dtype == torch.float32 and (kernels := _kernels()) is not None:
-        needed = kernels.srwm_backward_shared_memory(D, columns - 2 * D - 4)
-        if needed <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin:
-            return _SRWM.apply(x, W, state, done, bptt_length or 0)
-        _warn_once(f"srwm_cuda: W with D = {D} and {columns} columns needs {needed // 1024} KiB of shared memory, which "
-                   "this GPU lacks: PyTorch's version runs, many times slower")
+    _check_like("W", W, (H, D, columns), "x", x)
+    _check_like("state", state, (B, H, D, columns), "x", x)
+    _check_done_and_bptt_length(done, bptt_length, (T, B), "x", x)
+    if _kernels_take("srwm", "x", x, "W", columns):
+        return _SRWM.apply(x, W, state, done, bptt_length or 0, torch.is_grad_enabled())
     return reference.srwm(x, W, state, done, bptt_length)
 
 
+def delta_rule(q, k, v, beta, state, done, bptt_length=None):
+    """A fast weight memory written by the delta rule over an unroll (Schlag, Irie and Schmidhuber 2021, "Linear Transformers
+    Are Secretly Fast Weight Programmers", arXiv 2102.11174).
+
+    At each step t, with row vectors, and F the state, zeroed where done:
+
+        F += beta * outer(k, v - k F);  out = q F      with the updated F
+
+    Args:
+        q, k: (T, B, H, D), queries and keys at T steps of B environments, for H heads of size D; the caller normalises them.
+        v: (T, B, H, V), values.
+        beta: (T, B, H), rates, of any size; the caller squashes them.
+        state: (B, H, D, V), the memory F before the first step.
+        done: (T, B) bool; True: a new episode begins at t, and the state is zeroed before step t.
+        bptt_length: the state is detached every so many steps; None: gradients flow through the whole unroll.
+
+    Returns:
+        out: (T, B, H, V), and new_state, like state. Both are differentiable with respect to q, k, v, beta and state.
+
+    Raises:
+        ValueError: a shape, dtype or device that is none of the above; on CUDA also a head size D other than 8, 16, 32, 64,
+            or more than 512 columns.
+
+    The kernels are deterministic, run on PyTorch's current stream and can be captured into a CUDA graph.
+    """
+    T, B, H, D = _shape("q", q, "(T, B, H, D)")
+    V = _shape("v", v, "(T, B, H, V)")[-1]
+    _check_like("k", k, (T, B, H, D), "q", q)
+    _check_like("v", v, (T, B, H, V), "q", q)
+    _check_like("beta", beta, (T, B, H), "q", q)
+    _check_like("state", state, (B, H, D, V), "q", q)
+    _check_done_and_bptt_length(done, bptt_length, (T, B), "q", q)
+    if _kernels_take("delta_rule", "q", q, "v", V):
+        return _DeltaRule.apply(q, k, v, beta, state, done, bptt_length or 0, torch.is_grad_enabled())
+    return reference.delta_rule(q, k, v, beta, state, done, bptt_length)
+
+
+# Under no_grad needs_input_grad still says True, and within forward is_grad_enabled() always says False: hence the argument.
+
 class _SRWM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, state, done, bptt_length):
+    def forward(ctx, x, W, state, done, bptt_length, grad_enabled):
         x, W, state, done = x.contiguous(), W.contiguous(), state.contiguous(), done.contiguous()
         T, B, H, D = x.shape
         columns = W.shape[-1]
         sizes = (T, B, H, D, columns - 2 * D - 4)
         y, new_state = x.new_empty(T, B, H, sizes[-1]), torch.empty_like(state)
         saved = (None, None, None)  # q, k and beta; (q - k) W; first step of each step's episode
-        if any(ctx.needs_input_grad):
+        if grad_enabled and any(ctx.needs_input_grad):
             saved = x.new_empty(T, B, H, 2 * D + 4), x.new_empty(T, B, H, columns), done.new_empty(T, B, dtype=torch.int32)
         _launch(_kernels().srwm_forward, *sizes, x, W, state, done, y, new_state, *saved)
         ctx.save_for_backward(x, W, state, *saved)
@@ -95,7 +124,51 @@ class _SRWM(torch.autograd.Function):
         grad_x, grad_W, grad_state = torch.empty_like(x), torch.empty_like(state), torch.empty_like(state)
         _launch(_kernels().srwm_backward, *ctx.sizes, ctx.bptt_length, x, W, state, *saved,
                 grad_y.contiguous(), grad_new_state.contiguous(), grad_x, grad_W, grad_state)
-        return grad_x, grad_W.sum(0), grad_state, None, None  # each environment its own part of grad_W: no atomics
+        return grad_x, grad_W.sum(0), grad_state, None, None, None  # each environment its own part of grad_W: no atomics
+
+
+class _DeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, state, done, bptt_length, grad_enabled):
+        q, k, v, beta, state, done = (tensor.contiguous() for tensor in (q, k, v, beta, state, done))
+        sizes = (*q.shape, v.shape[-1])  # T, B, H, D, V
+        out, new_state = torch.empty_like(v), torch.empty_like(state)
+        saved = (None, None)  # v - k F; first step of each step's episode
+        if grad_enabled and any(ctx.needs_input_grad):
+            saved = torch.empty_like(v), torch.empty_like(done, dtype=torch.int32)
+        _launch(_kernels().delta_rule_forward, *sizes, q, k, v, beta, state, done, out, new_state, *saved)
+        ctx.save_for_backward(q, k, beta, state, *saved)
+        ctx.sizes, ctx.bptt_length = sizes, bptt_length
+        return out, new_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_new_state):
+        q, k, beta, state, error, episode = ctx.saved_tensors
+        grads = [torch.empty_like(tensor) for tensor in (q, k, error, beta, state)]  # v's shape is that of its error
+        _launch(_kernels().delta_rule_backward, *ctx.sizes, ctx.bptt_length, q, k, beta, state, error, episode,
+                grad_out.contiguous(), grad_new_state.contiguous(), *grads)
+        return *grads, None, None, None
+
+
+def _kernels_take(function, first_name, first, wide_name, columns):
+    """Whether the kernels run the function of that name. On CUDA, sizes that they never take are errors: of the head size D,
+    which the first argument ends in, and of the columns of the matrix, which another one does."""
+    if not first.is_cuda:
+        return False
+    D = first.shape[-1]
+    if D not in KERNEL_HEAD_SIZES:
+        raise ValueError(f"{first_name}: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {D}")
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"{wide_name}: on CUDA, at most {MAX_COLUMNS} columns, got {columns}")
+    if first.dtype != torch.float32 or (kernels := _kernels()) is None:
+        return False
+    needed = getattr(kernels, f"{function}_backward_shared_memory")(D, columns)
+    if needed > torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin:
+        _warn_once(f"srwm_cuda: {function} with D = {D} and {columns} columns needs {needed // 1024} KiB of shared memory, "
+                   "which this GPU lacks: PyTorch's version runs, many times slower")
+        return False
+    return True
 
 
 def _launch(kernel, *arguments):
@@ -122,7 +195,7 @@ def _compile():
         return None
     print("srwm_cuda: loading the CUDA kernels (compiled at first use, about 20 s)", file=sys.stderr, flush=True)
     folder = pathlib.Path(__file__).parent
-    return load("srwm_cuda_kernels", [str(folder / name) for name in ("binding.cpp", "srwm.cu")],
+    return load("srwm_cuda_kernels", [str(folder / name) for name in ("binding.cpp", "delta_rule.cu", "srwm.cu")],
                 extra_cflags=["-O3"], extra_cuda_cflags=["-O3"])
 
 
@@ -132,25 +205,30 @@ def _warn_once(message):
 
 
 def _shape(name, tensor, layout):
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != layout.count(",") + 1:
-        got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must be a tensor of shape {layout}, got {got}")
+    """The shape of a function's first tensor, and of others that bring a size of their own."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != layout.count(",") + 1 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be a tensor of shape {layout}, every size at least 1, got {_got(tensor)}")
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, got {tensor.dtype}")
     return tensor.shape
 
 
-def _like(name, tensor, x, shape):
+def _check_like(name, tensor, shape, first_name, first):
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
-        got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must have shape {shape} to go with x, got {got}")
-    if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
+        raise ValueError(f"{name} must have shape {shape} to go with {first_name}, got {_got(tensor)}")
+    if tensor.dtype != first.dtype or tensor.device != first.device:
+        raise ValueError(f"{name} must be {first.dtype} on {first.device} like {first_name}, "
+                         f"got {tensor.dtype} on {tensor.device}")
 
 
-def _check_done(done, x, shape):
+def _check_done_and_bptt_length(done, bptt_length, shape, first_name, first):
     if not isinstance(done, torch.Tensor) or tuple(done.shape) != shape or done.dtype != torch.bool:
-        got = f"{done.dtype} {tuple(done.shape)}" if isinstance(done, torch.Tensor) else type(done).__name__
-        raise ValueError(f"done must be a bool tensor of shape {shape}, got {got}")
-    if done.device != x.device:
-        raise ValueError(f"done must be on {x.device} like x, got {done.device}")
+        raise ValueError(f"done must be a bool tensor of shape {shape}, got {_got(done)}")
+    if done.device != first.device:
+        raise ValueError(f"done must be on {first.device} like {first_name}, got {done.device}")
+    if bptt_length is not None and bptt_length < 1:
+        raise ValueError(f"bptt_length must be None or at least 1, got {bptt_length}")
+
+
+def _got(argument):
+    return f"{argument.dtype} {tuple(argument.shape)}" if isinstance(argument, torch.Tensor) else type(argument).__name__

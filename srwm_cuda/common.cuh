@@ -1,7 +1,10 @@
-// What the kernels share: sums over short vectors in shared memory, and sums over neighbouring threads.
+// What the kernels share: sums over short vectors in shared memory and over neighbouring threads, and how matrices lie there.
 
 #pragma once
 #include <cuda_runtime.h>
+
+constexpr int MAX_COLUMNS = 512;  // of a matrix: a thread each, of at most 128 registers
+constexpr int LANES = 4;          // threads that sum over the columns of one row together
 
 // Sums run in four interleaved parts, which shortens the chain of dependent additions. Loops have compile-time bounds and
 // are unrolled, so that a vector `a` held in registers stays there; vectors in shared memory are 16-byte aligned.
@@ -38,3 +41,17 @@ __device__ float sum_over_lanes(float value) {
 }
 
 __host__ __device__ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Floats in a row of a matrix in shared memory whose LANES threads read `width` neighbouring floats at once: an odd multiple
+// of it, so that the rows that are read together lie in different banks.
+__host__ __device__ inline int row_stride(int columns, int width) { return round_up(columns - width, 2 * width) + width; }
+
+// Launches the kernel for a head size that is known only now.
+#define FOR_D(D_RUNTIME, LAUNCH) \
+  switch (D_RUNTIME) {           \
+    case 8: LAUNCH(8);           \
+    case 16: LAUNCH(16);         \
+    case 32: LAUNCH(32);         \
+    case 64: LAUNCH(64);         \
+    default: return cudaErrorInvalidValue; \
+  }

@@ -1,7 +1,7 @@
-"""Self-referential weight matrices in plain PyTorch: a loop over time that reads like the equations.
+"""Self-referential weight matrices and the delta rule in plain PyTorch: loops over time that read like the equations.
 
 This is what CPU runs use, and what the CUDA kernels are tested against. Any floating-point dtype; autograd gives the
-gradients. The arguments are those of `srwm_cuda.srwm`, which checks them and is what models should call.
+gradients. The arguments are those of the functions in `srwm_cuda`, which check them and are what models should call.
 """
 
 import torch
@@ -24,3 +24,16 @@ def srwm(x, W, state, done, bptt_length=None):
         state = state + torch.einsum("bhi,bhj->bhij", k, change)
         ys.append(y)
     return torch.stack(ys), state
+
+
+def delta_rule(q, k, v, beta, state, done, bptt_length=None):
+    """The delta rule of Schlag, Irie and Schmidhuber 2021 (arXiv 2102.11174); see `srwm_cuda.delta_rule`."""
+    outs = []
+    for t in range(len(q)):
+        if bptt_length and t > 0 and t % bptt_length == 0:
+            state = state.detach()
+        state = state.masked_fill(done[t, :, None, None, None], 0.0)  # F: (B, H, D, V)
+        change = beta[t, ..., None] * (v[t] - torch.einsum("bhi,bhij->bhj", k[t], state))
+        state = state + torch.einsum("bhi,bhj->bhij", k[t], change)
+        outs.append(torch.einsum("bhi,bhij->bhj", q[t], state))
+    return torch.stack(outs), state

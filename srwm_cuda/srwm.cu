@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr int MAX_COLUMNS = 512;  // a thread each, of at most 128 registers
-
 struct Shape {
   int T, B, H, Y, C;
   int bptt_length;  // 0: gradients flow through the whole unroll
@@ -37,7 +35,7 @@ __global__ void __launch_bounds__(MAX_COLUMNS) srwm_forward_kernel(Shape s,
                                     float* __restrict__ new_state,    // (B, H, D, C)
                                     float* __restrict__ qkb,          // (T, B, H, 2D + 4)  [q | k | beta]  } for the backward
                                     float* __restrict__ d,            // (T, B, H, C)                        } pass, or null
-                                    int* __restrict__ episode)        // (T, B)  the step at which the episode of step t began, or -1
+                                    int* __restrict__ episode)        // (T, B)  step at which step t's episode began, or -1
 {
   __shared__ __align__(16) float x_now[2][D];       // of step t, and of step t + 1 on its way
   __shared__ __align__(16) float logits[2 * D];     // of q and k
@@ -103,13 +101,6 @@ __global__ void __launch_bounds__(MAX_COLUMNS) srwm_forward_kernel(Shape s,
     if (is_column) new_state[column + i * s.C] = w[i] - W0_column[i * s.C];
 }
 
-// Threads in a row of W: those that sum over its columns together.
-constexpr int LANES = 4;
-
-// W and its gradient G have this many floats in a row of shared memory: an odd multiple of LANES, so that the rows that a
-// warp reads at once lie in different banks.
-__host__ __device__ inline int row_stride(int C) { return round_up(C - LANES, 2 * LANES) + LANES; }
-
 // What one thread reads of step t, loaded a step ahead of its use.
 struct Step {
   float x, dy, qkb, d;
@@ -141,7 +132,7 @@ __global__ void __launch_bounds__(MAX_COLUMNS) srwm_backward_kernel(Shape s,
                                      float* __restrict__ dW,             // (B, H, D, C)     of W0, each environment's part
                                      float* __restrict__ dstate)         // (B, H, D, C)
 {
-  const int stride = row_stride(s.C);
+  const int stride = row_stride(s.C, LANES);
   extern __shared__ __align__(16) float shared[];
   float* x_now = shared;               // D
   float* q = x_now + D;                // D
@@ -284,15 +275,6 @@ __global__ void __launch_bounds__(MAX_COLUMNS) srwm_backward_kernel(Shape s,
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers. They return CUDA's error code, 0 if there is none.
 
-#define FOR_D(D_RUNTIME, LAUNCH) \
-  switch (D_RUNTIME) {           \
-    case 8: LAUNCH(8);           \
-    case 16: LAUNCH(16);         \
-    case 32: LAUNCH(32);         \
-    case 64: LAUNCH(64);         \
-    default: return cudaErrorInvalidValue; \
-  }
-
 int srwm_forward(int T, int B, int H, int D, int Y, const float* x, const float* W0, const float* state, const bool* done,
                  float* y, float* new_state, float* qkb, float* d, int* episode, cudaStream_t stream) {
   const Shape shape = {T, B, H, Y, Y + 2 * D + 4, 0};
@@ -305,23 +287,24 @@ int srwm_forward(int T, int B, int H, int D, int Y, const float* x, const float*
 }
 
 // Bytes of shared memory that a block of the backward kernel needs.
-int srwm_backward_shared_memory(int D, int Y) {
-  return sizeof(float) * (5 * D + 8 + (4 + 2 * D) * row_stride(Y + 2 * D + 4));
+int srwm_backward_shared_memory(int D, int C) {
+  return sizeof(float) * (5 * D + 8 + (4 + 2 * D) * row_stride(C, LANES));
 }
 
 int srwm_backward(int T, int B, int H, int D, int Y, int bptt_length, const float* x, const float* W0, const float* state,
                   const float* qkb, const float* d, const int* episode, const float* dy, const float* dnew, float* dx,
                   float* dW, float* dstate, cudaStream_t stream) {
   const Shape shape = {T, B, H, Y, Y + 2 * D + 4, bptt_length};
-  const int bytes = srwm_backward_shared_memory(D, Y);
+  const int bytes = srwm_backward_shared_memory(D, shape.C);
   const int threads = round_up(max(shape.C, (D + 4) * LANES), 32);
-#define LAUNCH(D)                                                                                                 \
-  {                                                                                                               \
-    const cudaError_t error = cudaFuncSetAttribute(srwm_backward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);                                \
-    if (error != cudaSuccess) return error;                                                                       \
+#define LAUNCH(D)                                                                                                  \
+  {                                                                                                                \
+    const cudaError_t error =                                                                                      \
+        cudaFuncSetAttribute(srwm_backward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);         \
+    if (error != cudaSuccess) return error;                                                                        \
     srwm_backward_kernel<D><<<B * H, threads, bytes, stream>>>(shape, x, W0, state, qkb, d, episode, dy, dnew, dx, \
-                                                               dW, dstate);                                       \
-    return cudaGetLastError();                                                                                    \
+                                                               dW, dstate);                                        \
+    return cudaGetLastError();                                                                                     \
   }
   FOR_D(D, LAUNCH)
 #undef LAUNCH

@@ -1,5 +1,13 @@
+import signal
+import sys
+
 import pytest
 import torch
+
+import evaluate
+import impala_procgen_srwm
+
+SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -7,3 +15,52 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs a script's main() in an empty folder with the given words as its command line."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(module, *words):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+        module.main()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(command, tmp_path):
+    """Trains for a few updates of 20 steps. Returns the run's folder."""
+
+    def run(*words):
+        before = set(tmp_path.glob("runs/*"))
+        command(impala_procgen_srwm, *SMALL, *words)
+        new = set(tmp_path.glob("runs/*")) - before
+        return new.pop() if new else None
+
+    return run
+
+
+@pytest.fixture
+def score(command):
+    return lambda *words: command(evaluate, "--no-cuda", *words)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Expects a call to end with status 2 and one line that holds each of the words. Returns that line."""
+
+    def check(run, *words):
+        with pytest.raises(SystemExit) as end:
+            run()
+        error = capsys.readouterr().err
+        assert end.value.code == 2
+        assert len(error.splitlines()) == 1, error
+        assert ": error: " in error and all(word in error for word in words), error
+        return error
+
+    return check

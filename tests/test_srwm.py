@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers import assert_agree, fixed_weights, gradients, through_a_cuda_graph
 
-import srwm_cuda
+from srwm_cuda import srwm
 
 
 def srwm_numpy(x, W, state, done):
@@ -43,25 +44,11 @@ def inputs(T, B, H, D, Y, dones=0.0, dtype=torch.float64, device="cpu", seed=0):
     return *(tensor.to(device, dtype) for tensor in (x, W, state)), done.to(device)
 
 
-def gradients(x, W, state, done, bptt_length=None, weight_state=1.0):
-    """Outputs, and the gradients of a fixed random function of both outputs with respect to all three inputs."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, W, state)]
-    y, new_state = srwm_cuda.srwm(*leaves, done, bptt_length)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((out * scale * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)).sum()
-               for out, scale in ((y, 1.0), (new_state, weight_state)))
-    return [y.detach(), new_state.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def relative_error(ours, exact):
-    return ((ours.double().cpu() - exact.double().cpu()).norm() / exact.double().cpu().norm()).item()
-
-
 @pytest.mark.parametrize("Y", [8, 25, 3])
 def test_plain_version_follows_the_equations(Y):
     x, W, state, done = inputs(T=12, B=3, H=2, D=8, Y=Y, dones=0.2)
     assert done.any()
-    y, new_state = srwm_cuda.srwm(x, W, state, done)
+    y, new_state = srwm(x, W, state, done)
     expected_y, expected_state = srwm_numpy(x.numpy(), W.numpy(), state.numpy(), done.numpy())
     np.testing.assert_allclose(y.numpy(), expected_y, rtol=0, atol=1e-12)
     np.testing.assert_allclose(new_state.numpy(), expected_state, rtol=0, atol=1e-12)
@@ -70,37 +57,36 @@ def test_plain_version_follows_the_equations(Y):
 def test_plain_version_passes_gradcheck():
     x, W, state, done = inputs(T=4, B=2, H=1, D=3, Y=3, dones=0.3)
     leaves = [tensor.requires_grad_() for tensor in (x, W, state)]
-    assert torch.autograd.gradcheck(lambda *leaves: srwm_cuda.srwm(*leaves, done), leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: srwm(*leaves, done), leaves)
 
 
 def test_q_k_and_beta_are_trained_through_time_but_not_with_bptt_length_1():
     x, W, state, done = inputs(T=6, B=2, H=2, D=8, Y=8)
-    through_time = gradients(x, W, state, done, weight_state=0.0)[3]
-    one_step = gradients(x, W, state, done, bptt_length=1, weight_state=0.0)[3]
+    through_time = gradients(srwm, x, W, state, done, weight_state=0.0)[3]
+    one_step = gradients(srwm, x, W, state, done, bptt_length=1, weight_state=0.0)[3]
     assert through_time[..., 8:].abs().amax((0, 1)).min() > 0  # every column of q, k and beta
     assert one_step[..., 8:].abs().max() == 0 and one_step[..., :8].abs().max() > 0
 
 
 def test_bptt_length_equals_unrolls_of_that_length_with_a_detached_state():
     x, W, state, done = inputs(T=7, B=2, H=2, D=8, Y=8, dones=0.2)
-    *_, grad_x, grad_W, grad_state = gradients(x, W, state, done, bptt_length=3, weight_state=0.0)
+    *_, grad_x, grad_W, grad_state = gradients(srwm, x, W, state, done, bptt_length=3, weight_state=0.0)
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, W, state)]
     carried, ys = leaves[2], []
     for begin in (0, 3, 6):
-        y, carried = srwm_cuda.srwm(leaves[0][begin : begin + 3], leaves[1], carried, done[begin : begin + 3])
+        y, carried = srwm(leaves[0][begin : begin + 3], leaves[1], carried, done[begin : begin + 3])
         carried = carried.detach()
         ys.append(y)
     y = torch.cat(ys)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for ours, expected in zip((grad_x, grad_W, grad_state), torch.autograd.grad((y * weights).sum(), leaves)):
+    for ours, expected in zip((grad_x, grad_W, grad_state), torch.autograd.grad((y * fixed_weights(y)).sum(), leaves)):
         torch.testing.assert_close(ours, expected)
 
 
 def test_an_unroll_of_2T_equals_two_unrolls_of_T():
     x, W, state, done = inputs(T=10, B=3, H=2, D=8, Y=8, dones=0.15)
-    y, end = srwm_cuda.srwm(x, W, state, done)
-    y1, middle = srwm_cuda.srwm(x[:5], W, state, done[:5])
-    y2, end2 = srwm_cuda.srwm(x[5:], W, middle, done[5:])
+    y, end = srwm(x, W, state, done)
+    y1, middle = srwm(x[:5], W, state, done[:5])
+    y2, end2 = srwm(x[5:], W, middle, done[5:])
     torch.testing.assert_close(torch.cat([y1, y2]), y, rtol=0, atol=1e-14)
     torch.testing.assert_close(end2, end, rtol=0, atol=1e-14)
 
@@ -108,8 +94,8 @@ def test_an_unroll_of_2T_equals_two_unrolls_of_T():
 def test_an_episode_end_forgets_everything_before_it():
     x, W, state, done = inputs(T=8, B=2, H=2, D=8, Y=8)
     done[5] = True
-    y, end = srwm_cuda.srwm(x, W, state, done)
-    fresh_y, fresh_end = srwm_cuda.srwm(x[5:], W, torch.zeros_like(state), torch.zeros_like(done[5:]))
+    y, end = srwm(x, W, state, done)
+    fresh_y, fresh_end = srwm(x[5:], W, torch.zeros_like(state), torch.zeros_like(done[5:]))
     torch.testing.assert_close(y[5:], fresh_y, rtol=0, atol=0)
     torch.testing.assert_close(end, fresh_end, rtol=0, atol=0)
 
@@ -127,9 +113,9 @@ def test_an_episode_end_forgets_everything_before_it():
 def test_errors_name_the_argument(name, change):
     arguments = dict(x=torch.zeros(4, 3, 2, 8), W=torch.zeros(2, 8, 28), state=torch.zeros(3, 2, 8, 28),
                      done=torch.zeros(4, 3, dtype=torch.bool), bptt_length=None)
-    srwm_cuda.srwm(**arguments)
+    srwm(**arguments)
     with pytest.raises(ValueError, match=rf"^{name.strip()}\b"):
-        srwm_cuda.srwm(**(arguments | change))
+        srwm(**(arguments | change))
 
 
 @pytest.mark.gpu
@@ -141,54 +127,31 @@ def test_errors_name_the_argument(name, change):
     (9, 3, 2, 16, 7, 1.0, 1e-4), (2, 700, 8, 16, 16, 0.5, 1e-4), (51, 5, 3, 8, 400, 0.05, 1e-4),
 ])
 def test_kernels_agree_with_the_plain_version_in_float64(T, B, H, D, Y, dones, tolerance):
-    exact = gradients(*inputs(T, B, H, D, Y, dones))
-    ours = gradients(*inputs(T, B, H, D, Y, dones, dtype=torch.float32, device="cuda"))
-    for name, a, b in zip(("y", "new_state", "grad x", "grad W", "grad state"), ours, exact):
-        if b.abs().max() > 0:
-            assert relative_error(a, b) < tolerance, name
-        else:
-            assert a.abs().max() == 0, name
+    exact = gradients(srwm, *inputs(T, B, H, D, Y, dones))
+    ours = gradients(srwm, *inputs(T, B, H, D, Y, dones, dtype=torch.float32, device="cuda"))
+    assert_agree(ours, exact, tolerance)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bptt_length", [1, 7, 51])
 def test_kernels_cut_gradients_at_bptt_length(bptt_length):
-    exact = gradients(*inputs(51, 4, 3, 16, 16, 0.05), bptt_length)
-    ours = gradients(*inputs(51, 4, 3, 16, 16, 0.05, dtype=torch.float32, device="cuda"), bptt_length)
-    for a, b in zip(ours, exact):
-        assert relative_error(a, b) < 1e-4
+    exact = gradients(srwm, *inputs(51, 4, 3, 16, 16, 0.05), bptt_length=bptt_length)
+    ours = gradients(srwm, *inputs(51, 4, 3, 16, 16, 0.05, torch.float32, "cuda"), bptt_length=bptt_length)
+    assert_agree(ours, exact, 1e-4)
 
 
 @pytest.mark.gpu
 def test_kernels_give_the_same_bits_twice():
-    first, second = (gradients(*inputs(51, 32, 8, 16, 16, 0.05, torch.float32, "cuda")) for _ in range(2))
+    first, second = (gradients(srwm, *inputs(51, 32, 8, 16, 16, 0.05, torch.float32, "cuda")) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.gpu
 def test_kernels_can_be_captured_into_a_cuda_graph():
-    x, W, state, done = inputs(51, 8, 8, 16, 16, 0.05, torch.float32, "cuda")
-    eager = gradients(x, W, state, done)
-    leaves = [tensor.requires_grad_() for tensor in (x, W, state)]
-    weights = [torch.randn(out.shape, generator=g, dtype=torch.float64).to(out)
-               for g in [torch.Generator().manual_seed(1)] for out in eager[:2]]
-
-    def step():
-        outs = srwm_cuda.srwm(*leaves, done)
-        return outs, torch.autograd.grad(sum((out * weight).sum() for out, weight in zip(outs, weights)), leaves)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            outs, grads = step()
-    for out in (*outs, *grads):
-        out.detach().fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a.detach(), b) for a, b in zip((*outs, *grads), eager))
+    arguments = inputs(51, 8, 8, 16, 16, 0.05, torch.float32, "cuda")
+    eager = gradients(srwm, *arguments)
+    captured = through_a_cuda_graph(lambda: gradients(srwm, *arguments))
+    assert all(torch.equal(a, b) for a, b in zip(captured, eager))
 
 
 @pytest.mark.gpu
@@ -201,4 +164,4 @@ def test_errors_on_cuda_name_the_argument(name, change):
     arguments = dict(x=torch.zeros(4, 3, 2, 8), W=torch.zeros(2, 8, 28), state=torch.zeros(3, 2, 8, 28),
                      done=torch.zeros(4, 3, dtype=torch.bool)) | change
     with pytest.raises(ValueError, match=rf"^{name}\b"):
-        srwm_cuda.srwm(**{key: value if key == "done" == name else value.cuda() for key, value in arguments.items()})
+        srwm(**{key: value if key == "done" == name else value.cuda() for key, value in arguments.items()})

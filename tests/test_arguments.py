@@ -1,0 +1,88 @@
+"""What is not allowed is refused with status 2 and one line that names the argument, before anything is written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import impala_procgen_srwm as script
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("--env pong", "--env must be one of bigfish,"),
+    ("--env bigfish --distribution-mode memory", "--env must be one of dodgeball,"),
+    ("--env bigfish --distribution-mode exploration", "--env must be one of maze,"),
+    ("--env maze --distribution-mode extreme", "--env must be one of leaper,"),
+    ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
+    ("--distribution-mode impossible", "--distribution-mode must be one of easy, hard, extreme, memory, exploration"),
+    ("--multi-env 17", "--multi-env must be at most 16"),
+    ("--multi-env 7 --distribution-mode memory", "--multi-env must be at most 6"),
+    ("--multi-env 0", "--multi-env must be positive"),
+    ("--multi-env 6 --num-envs 32", "--num-envs must be a multiple of 6"),
+    ("--num-envs 0", "--num-envs must be positive"),
+    ("--num-actors 0", "--num-actors must be positive"),
+    ("--num-actors 1 --num-envs 6 --batch-size 7", "--batch-size must be at most 6"),
+    ("--batch-size 0", "--batch-size must be positive"),
+    ("--unroll-length -1", "--unroll-length must be positive"),
+    ("--total-steps 0", "--total-steps must be positive"),
+    ("--bptt-length 0", "--bptt-length must be positive"),
+    ("--num-layers 0", "--num-layers must be positive"),
+    ("--num-head 3", "--num-head must divide --hidden-size 128"),
+    ("--start-level 5 --num-levels 0", "--start-level needs --num-levels"),
+    ("--start-level -1", "--start-level must be at least 0"),
+    ("--num-levels -5", "--num-levels must be at least 0"),
+    ("--start-level 2147483647", "--start-level plus --num-levels must be less than"),
+    ("--seed 99999999999", "--seed must be at least 0 and less than"),
+    ("--learning-rate nan", "--learning-rate must be at least 0"),
+    ("--learning-rate inf", "--learning-rate must be at least 0"),
+    ("--discounting 1.01", "--discounting must be at most 1"),
+    ("--grad-norm-clipping 0", "--grad-norm-clipping must be positive"),
+    ("--reward-clipping sometimes", "--reward-clipping must be abs_one or none"),
+    ("--seed one", "--seed"),
+    ("--learning-rat 1", "--learning-rat"),
+    ("--resume nowhere", "nowhere/checkpoint.pt: no such file"),
+])
+def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
+    refused(lambda: command(script, "--no-cuda", *words.split()), "impala_procgen_srwm.py: error: ", expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_without_a_gpu_is_refused(command, score, refused, train):
+    refused(lambda: command(script, "--cuda"), "--cuda needs a GPU")
+    train("--total-steps", 20)
+    refused(lambda: score("--cuda"), "--cuda needs a GPU")
+
+
+def test_the_engine_plays_every_game_of_every_mode_and_no_other():
+    """In processes of their own, since the engine aborts on a game that lacks the mode."""
+    program = """
+import sys, numpy as np, impala_procgen_srwm as script
+mode, *games = sys.argv[1:]
+args = script.Args(distribution_mode=mode)
+script.check_games(games, args)
+envs = script.make_envs(args, games, 2 * len(games), seed=1)
+envs.act(np.zeros(2 * len(games), dtype=np.int32))
+assert envs.observe()[1]["rgb"].shape == (2 * len(games), 64, 64, 3)
+"""
+    for mode, games in script.GAMES.items():
+        end = subprocess.run([sys.executable, "-c", program, mode, *games], cwd=ROOT, capture_output=True, text=True)
+        assert end.returncode == 0 and end.stderr == "", (mode, end.stderr)
+
+
+def test_help_is_the_manual_and_starts_without_the_notice_of_gym():
+    end = subprocess.run([sys.executable, "impala_procgen_srwm.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert end.returncode == 0 and end.stderr == ""
+    assert "--unroll-length" in end.stdout and "steps T of an unroll" in end.stdout
+
+
+def test_a_missing_system_library_is_named_with_its_debian_package(command, refused, monkeypatch):
+    def no_engine(*args, **options):
+        raise OSError("libGL.so.1: cannot open shared object file: no such file or directory")
+
+    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    refused(lambda: command(script, "--no-cuda"), "libGL.so.1", "apt install libgl1 libglib2.0-0")

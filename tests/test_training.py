@@ -1,0 +1,319 @@
+"""Training on the real engine: a few updates, the log, checkpoints, resuming, signals, errors."""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import impala_procgen_srwm as script
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(run):
+    return script.load_checkpoint(run / "checkpoint.pt", "impala_procgen_srwm.py")
+
+
+def log(run):
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def parts(args, games=("maze", "leaper")):
+    """An actor and a learner of the same weights, an empty unroll, and the episodes that the actor records."""
+    torch.manual_seed(0)
+    agent = script.Agent(args).to("cuda" if args.cuda else "cpu")
+    stop, free, full = threading.Event(), queue.SimpleQueue(), queue.SimpleQueue()
+    episodes = script.Episodes(games)
+    actor = script.Actor(0, args, list(games), 1, script.Weights(agent), episodes, free, full, stop)
+    unroll = script.Unroll(agent, args.unroll_length, args.num_envs)
+    return actor, script.Learner(agent, args), unroll, episodes
+
+
+def play(actor, unroll, unrolls=1):
+    """Lets the actor play, on this thread."""
+    for _ in range(unrolls):
+        actor.free.put(unroll)
+    actor.free.put(None)
+    actor.run()
+    for _ in range(unrolls):
+        assert actor.full.get() is unroll
+
+
+ARGS = dict(cuda=False, bf16=False, num_actors=1, num_envs=6, unroll_length=20, batch_size=4)
+
+
+@pytest.mark.parametrize("carry_state", [True, False])
+def test_the_learner_sees_what_the_actor_saw(carry_state):
+    """Frames, rewards, dones, states and logits of an unroll belong together: the same weights give the same logits."""
+    actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS))
+    play(actor, unroll, unrolls=3)
+    assert all((part.abs().max() > 0) == carry_state for part in unroll.state)
+    with torch.no_grad():
+        logits, _, _ = learner.agent(unroll.obs, unroll.reward, unroll.done, unroll.state)
+    torch.testing.assert_close(logits[:-1], unroll.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_unroll_begins_with_the_time_step_that_ended_the_one_before():
+    actor, _, unroll, _ = parts(script.Args(**ARGS))
+    play(actor, unroll)
+    last = [x[-1].clone() for x in (unroll.obs, unroll.reward, unroll.done)]
+    assert unroll.obs[0].any() and unroll.done.shape == (21, 6)
+    second = script.Unroll(actor.agent, 20, 6)
+    for old, new in zip(last, (actor.now.obs[0], actor.now.reward[0], actor.now.done[0])):
+        assert torch.equal(old, new)
+    play(actor, second)
+    assert not torch.equal(second.obs[0], second.obs[-1])
+
+
+def test_recorded_episodes_are_those_of_the_engine():
+    """The same seed and actions on an engine of our own give the same returns, lengths and games."""
+    args = script.Args(**ARGS | dict(num_envs=4, unroll_length=600))
+    actor, _, unroll, episodes = parts(args, games=("maze", "leaper"))
+    play(actor, unroll)
+    envs = script.make_envs(args, ["maze", "leaper"], 4, seed=1)
+    expected, returns, lengths = {"maze": [], "leaper": []}, np.zeros(4), np.zeros(4, dtype=int)
+    envs.observe()
+    for action in unroll.action.int().numpy():
+        envs.act(action)
+        reward, _, done = envs.observe()
+        returns, lengths = returns + reward, lengths + 1
+        for n in np.flatnonzero(done):
+            expected[["maze", "leaper"][n % 2]].append((returns[n], lengths[n]))
+            returns[n] = lengths[n] = 0
+    assert episodes.saved() == expected and all(expected.values())
+
+
+def test_batches_take_every_environment_of_every_unroll_once():
+    _, learner, _, _ = parts(script.Args(**ARGS))
+    free, full = queue.SimpleQueue(), queue.SimpleQueue()
+    for first in (0, 6):
+        unroll = script.Unroll(learner.agent, 20, 6)
+        unroll.reward += torch.arange(first, first + 6)
+        unroll.state[0].add_(torch.arange(first, first + 6).view(-1, 1, 1, 1))
+        unroll.version = first
+        full.put(unroll)
+    seen, lags = [], []
+    for _ in range(3):
+        lags.append(learner.fill(full, free, version=10))
+        seen += learner.batch.reward[3].tolist()
+        assert torch.equal(learner.batch.state[0][:, 0, 0, 0], learner.batch.reward[-1])
+    assert seen == list(range(12)) and lags == [10, 7, 4] and free.qsize() == 2
+
+
+def test_the_loss_is_that_of_the_paper():
+    """Sums over time and batch of policy gradient, half squared error and entropy, from the batch's shifted rewards."""
+    args = script.Args(**ARGS | dict(num_envs=4))
+    actor, learner, unroll, _ = parts(args)
+    play(actor, unroll)
+    unroll.reward.copy_(torch.randn(21, 4) * 3)
+    for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
+        mine.copy_(theirs)
+    learner.batch.logits += torch.randn(20, 4, 15)
+    loss, statistics = learner.loss()
+
+    with torch.no_grad():
+        logits, values, _ = learner.agent(unroll.obs, unroll.reward, unroll.done, unroll.state)
+    pi, mu = torch.distributions.Categorical(logits=logits[:-1]), torch.distributions.Categorical(logits=learner.batch.logits)
+    log_rhos = pi.log_prob(unroll.action) - mu.log_prob(unroll.action)
+    rewards, discounts = unroll.reward[1:].clamp(-1, 1), 0.99 * (1 - unroll.done[1:].float())
+    vs, advantages = script.vtrace(log_rhos, discounts, rewards, values[:-1], values[-1])
+    policy, baseline = -(pi.log_prob(unroll.action) * advantages).sum(), 0.5 * (vs - values[:-1]).square().sum()
+    expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
+    parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, log_rhos.exp().clamp(max=1).sum()]) / 80
+    torch.testing.assert_close(statistics, parts_per_step, rtol=1e-4, atol=1e-4)
+
+
+def test_an_update_is_a_clipped_step_of_rmsprop():
+    args = script.Args(**ARGS | dict(num_envs=4, grad_norm_clipping=1e-3))
+    actor, learner, unroll, _ = parts(args)
+    play(actor, unroll)
+    for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
+        mine.copy_(theirs)
+    learner.loss()[0].backward()
+    gradients = [parameter.grad.clone() for parameter in learner.agent.parameters()]
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    before = [parameter.detach().clone() for parameter in learner.agent.parameters()]
+    learner.learning_rate.fill_(0.25)
+    statistics = learner.update()
+    assert statistics[-1].item() == pytest.approx(norm.item(), rel=1e-3)
+    for old, new, gradient in zip(before, learner.agent.parameters(), gradients):
+        clipped = gradient * 1e-3 / norm
+        torch.testing.assert_close(new.detach(), old - 0.25 * clipped / ((0.01 * clipped**2).sqrt() + 0.01), rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
+    run = train("--total-steps", 400)
+    checkpoint = read(run)
+    assert checkpoint["step"] == 400 and checkpoint["script"] == "impala_procgen_srwm.py"
+    assert checkpoint["args"]["unroll_length"] == 5 and checkpoint["args"]["num_envs"] == 4
+    assert re.search(r"step 400 of 400 \| [\d,]+ steps/s \| 0:00:00 left \| ", capsys.readouterr().out)
+    scalars = log(run)
+    assert {*script.Learner.STATISTICS, "SPS", "learning_rate", "policy_lag"} <= set(scalars)
+    assert [step for step, _ in scalars["SPS"]] == list(range(20, 401, 20))
+    np.testing.assert_allclose([rate for _, rate in scalars["learning_rate"]], 6e-4 * (1 - np.arange(0, 400, 20) / 400), rtol=1e-5)
+    assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
+
+
+def test_returns_and_lengths_of_each_game_are_logged(train):
+    run = train("--total-steps", 12000, "--log-interval", 5, "--unroll-length", 50)
+    scalars = log(run)
+    for kind in ("return", "normalized_return", "length"):
+        assert {f"{kind}/bigfish", f"{kind}/fruitbot", f"{kind}/mean"} <= set(scalars)
+    bigfish, fruitbot, mean = (scalars[f"normalized_return/{game}"][-1][1] for game in ("bigfish", "fruitbot", "mean"))
+    assert mean == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
+    assert bigfish == pytest.approx((scalars["return/bigfish"][-1][1] - 1) / 39, rel=1e-5)
+
+
+def test_a_resumed_run_goes_on(train, command):
+    run = train("--total-steps", 200)
+    before = read(run)
+    command(script, "--resume", run, "--total-steps", 300, "--no-cuda")
+    after = read(run)
+    assert after["step"] == 300 and after["args"]["num_envs"] == 4
+    scalars = log(run)
+    assert [step for step, _ in scalars["learning_rate"]] == list(range(20, 301, 20))
+    assert dict(scalars["learning_rate"])[220] == pytest.approx(6e-4 * (1 - 200 / 300), rel=1e-4)
+    changed = [not torch.equal(before["model"][name], after["model"][name]) for name in before["model"]]
+    assert all(changed)
+    averages = [checkpoint["optimizer"]["state"][0]["square_avg"] for checkpoint in (before, after)]
+    assert before["optimizer"]["state"][0]["step"] == 11 and after["optimizer"]["state"][0]["step"] == 16  # 1 for making it
+    assert averages[0].abs().max() > 0 and not torch.equal(*averages)
+
+
+def test_a_finished_run_resumes_to_itself(train, command):
+    run = train("--total-steps", 40)
+    before = read(run)
+    command(script, "--resume", run)
+    after = read(run)
+    assert after["step"] == 40
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+    assert all(torch.equal(a["square_avg"], b["square_avg"])
+               for a, b in zip(before["optimizer"]["state"].values(), after["optimizer"]["state"].values()))
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is not a whole checkpoint"),
+    (lambda path: path.write_bytes(b""), "is not a whole checkpoint"),
+    (lambda path: torch.save({"model": {}}, path), "is not a checkpoint of this project"),
+    (lambda path: torch.save(torch.load(path) | {"script": "other.py"}, path), "belongs to other.py"),
+])
+def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, train, command, refused, capsys):
+    run = train("--total-steps", 20)
+    damage(run / "checkpoint.pt")
+    capsys.readouterr()
+    refused(lambda: command(script, "--resume", run), "checkpoint.pt", expected)
+
+
+def test_other_sizes_than_the_checkpoint_s_are_refused(train, command, refused, capsys):
+    run = train("--total-steps", 20)
+    capsys.readouterr()
+    refused(lambda: command(script, "--resume", run, "--hidden-size", 64), "other sizes", "size mismatch")
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, command, refused):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tmp_path / "run").mkdir()
+    torch.save({"script": Bomb()}, tmp_path / "run" / "checkpoint.pt")
+    refused(lambda: command(script, "--resume", tmp_path / "run"), "is not a whole checkpoint")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_exception_in_an_actor_ends_the_run_with_it(train, monkeypatch):
+    make_envs, calls = script.make_envs, []
+
+    def make_breaking_envs(*arguments, **options):
+        envs = make_envs(*arguments, **options)
+        act = envs.act
+
+        def break_later(action):
+            calls.append(1)
+            if len(calls) > 30:
+                raise RuntimeError("the environment is on fire")
+            act(action)
+
+        envs.act = break_later
+        return envs
+
+    monkeypatch.setattr(script, "make_envs", make_breaking_envs)
+    with pytest.raises(RuntimeError, match="on fire"):
+        train("--total-steps", 100_000)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(number, tmp_path):
+    words = "--no-cuda --env maze --num-actors 2 --num-envs 8 --batch-size 8 --log-interval 0.1".split()
+    process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and err == "", err
+    (run,) = (tmp_path / "runs").iterdir()
+    step = read(run)["step"]
+    assert step > 0 and f"saved runs/{run.name}/checkpoint.pt at step {step:,}" in out
+    assert log(run)["SPS"][-1][0] == step
+
+
+@pytest.mark.parametrize("words", [
+    "--distribution-mode memory --num-levels 500 --multi-env 4 --num-envs 4",
+    "--distribution-mode exploration --multi-env 2 --num-envs 4",
+    "--distribution-mode extreme --multi-env 4",
+    "--distribution-mode hard --num-levels 0",
+    "--no-carry-state",
+    "--bptt-length 2 --num-layers 1 --hidden-size 64 --num-head 4",
+    "--reward-clipping none --momentum 0.9 --bf16 False",
+])
+def test_modes_and_options_train(words, train):
+    run = train("--total-steps", 60, *words.split())
+    assert read(run)["step"] == 60
+
+
+def test_wandb_logs_without_a_network(train, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = train("--total-steps", 60, "--track")
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("carry_state", [True, False])
+def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True, compile=False)))
+        play(actor, unroll, unrolls=3)
+        for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
+            mine.copy_(theirs)
+        exact = [parameter.detach().clone() for parameter in learner.agent.parameters()]
+        statistics = dict(zip(script.Learner.STATISTICS, learner.update().tolist()))
+    assert all((part.abs().max() > 0) == carry_state for part in unroll.state)
+    assert unroll.action.unique().numel() == 15
+    assert statistics["vtrace/mean_rho"] > 0.99 and statistics["loss/entropy"] > 2.5
+    assert all(not torch.equal(old, new) for old, new in zip(exact, learner.agent.parameters()))
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu_can_be_resumed_there_and_on_the_cpu(command, tmp_path):
+    command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 4000".split())
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read(run)["step"] == 4000
+    command(script, "--resume", run, "--total-steps", 8000, "--no-compile")
+    assert read(run)["step"] == 8000
+    command(script, "--resume", run, "--total-steps", 8400, "--no-cuda")
+    assert read(run)["step"] == 8400
