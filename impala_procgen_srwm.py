@@ -643,7 +643,8 @@ def check_device(args):
     if args.bf16 is None and args.cuda:
         args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif args.bf16 is None:
-        args.bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        args.bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def complete(given):

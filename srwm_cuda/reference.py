@@ -11,7 +11,6 @@ def srwm(x, W, state, done, bptt_length=None):
     """The self-referential weight matrix of Irie et al. 2022 (arXiv 2202.05780), equations 5 to 8; see `srwm_cuda.srwm`."""
     D, columns = W.shape[-2:]
     parts = (columns - 2 * D - 4, D, D, 4)  # y, q, k, beta
-    one_rate_each = torch.repeat_interleave(torch.arange(4), torch.tensor(parts)).to(x.device)  # column -> its rate
     ys = []
     for t in range(len(x)):
         if bptt_length and t > 0 and t % bptt_length == 0:
@@ -19,7 +18,8 @@ def srwm(x, W, state, done, bptt_length=None):
         state = state.masked_fill(done[t, :, None, None, None], 0.0)
         W_t = W + state  # (B, H, D, Y + 2D + 4)
         y, q, k, b = torch.einsum("bhi,bhij->bhj", x[t], W_t).split(parts, dim=-1)
-        q, k, beta = q.softmax(-1), k.softmax(-1), b.sigmoid()[..., one_rate_each]
+        q, k = q.softmax(-1), k.softmax(-1)
+        beta = torch.cat([rate.expand(*rate.shape[:-1], n) for rate, n in zip(b.sigmoid().split(1, -1), parts)], dim=-1)
         change = beta * torch.einsum("bhi,bhij->bhj", q - k, W_t)
         state = state + torch.einsum("bhi,bhj->bhij", k, change)
         ys.append(y)
