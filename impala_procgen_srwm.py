@@ -1,6 +1,6 @@
 """IMPALA on ProcGen with a self-referential weight matrix (SRWM): a network whose weights modify themselves as it plays.
 
-Model: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022, arXiv 2202.05780).
+Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022, arXiv 2202.05780).
 Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actor threads and V-trace, in one process.
 
     python impala_procgen_srwm.py --multi-env 6              one agent learns six games
@@ -40,8 +40,6 @@ gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces 
 from gym3 import ConcatEnv
 from procgen import ProcgenGym3Env
 from procgen.env import EXPLORATION_LEVEL_SEEDS
-
-import srwm_cuda
 
 # The games in the order in which --multi-env takes them, and the range of their returns in the easy and the hard
 # distribution (Cobbe et al. 2020, appendix C), by which returns are normalised.
@@ -111,7 +109,7 @@ class TrainingArgs:
     num_actors: int | None = None
     """actor threads (None: by the number of cores)"""
     num_envs: int | None = None
-    """environments of each actor, a multiple of the number of games (None: about 192 on a GPU, 24 on a CPU)"""
+    """environments of each actor, a multiple of the number of games (None: about 96 on a GPU, 24 on a CPU)"""
 
     total_steps: int = 300_000_000
     """environment steps (frames) to learn from, and over which the learning rate falls to zero"""
@@ -176,6 +174,8 @@ class Encoder(nn.Module):
 
 # ======================================== model: what the scripts differ in ========================================
 
+import srwm_cuda
+
 
 @dataclass
 class Args(TrainingArgs):
@@ -199,7 +199,10 @@ class SRWM(nn.Module):
         self.out = nn.Linear(H * D, H * D, bias=False)
         self.bptt_length = args.bptt_length
 
-    def forward(self, h, state, done):  # h (T, B, H * D); state, what W has changed by: (B, H, D, 3D + 4)
+    def initial_state(self, batch_size):
+        return self.W.new_zeros(batch_size, *self.W.shape)  # what W has changed by
+
+    def forward(self, h, state, done):  # h (T, B, H * D); done (T, B)
         x = h.unflatten(-1, self.W.shape[:2]).softmax(-1)
         y, state = srwm_cuda.srwm(x, self.W, state, done, self.bptt_length)
         return h + self.out(y.flatten(-2)), state
@@ -228,7 +231,7 @@ class Agent(nn.Module):
         self.policy, self.baseline = nn.Linear(args.hidden_size, NUM_ACTIONS), nn.Linear(args.hidden_size, 1)
 
     def initial_state(self, batch_size):
-        return tuple(layer.W.new_zeros(batch_size, *layer.W.shape) for layer in self.layers)
+        return tuple(layer.initial_state(batch_size) for layer in self.layers)
 
     def forward(self, obs, reward, done, state):  # obs (T, B, 64, 64, 3) uint8; reward, done (T, B)
         features = self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])  # (T, B, 256)
@@ -459,8 +462,8 @@ class Learner:
         for parameter in agent.parameters():  # a step on zero gradients changes nothing, but makes the optimizer's state
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
-        if saved_optimizer is not None:
-            self.optimizer.load_state_dict(saved_optimizer)
+        if saved_optimizer is not None:  # its averages; how to use them is for the arguments to say
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved_optimizer["state"]})
             self.optimizer.param_groups[0]["lr"] = self.learning_rate
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
@@ -665,9 +668,9 @@ def complete(given):
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if args.num_actors is None:
-        args.num_actors = max(1, min(6, cores // 2 - 2)) if args.cuda else max(1, cores // 2)
+        args.num_actors = max(1, min(8, cores // 2))
     if args.num_envs is None:
-        least = max(192 if args.cuda else 24, math.ceil(args.batch_size / args.num_actors))
+        least = max(96 if args.cuda else 24, math.ceil(args.batch_size / args.num_actors))
         args.num_envs = math.ceil(least / len(games)) * len(games)
     if args.num_envs % len(games):
         raise ValueError(f"--num-envs must be a multiple of {len(games)}, the number of games, got {args.num_envs}")
@@ -703,7 +706,7 @@ def train(given, args, games, checkpoint):
     learner = Learner(agent, args, checkpoint and checkpoint["optimizer"])
     weights, free, full, stop = Weights(agent), queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     actors = [Actor(i, args, games, seed * 1000 + i, weights, episodes, free, full, stop) for i in range(args.num_actors)]
-    for _ in range(args.num_actors + int(os.environ.get('XB','1'))):
+    for _ in range(args.num_actors + 1):
         free.put(Unroll(agent, args.unroll_length, args.num_envs))
     logger = Logger(args, run, step)
 

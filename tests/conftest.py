@@ -36,9 +36,9 @@ def command(monkeypatch, tmp_path):
 def train(command, tmp_path):
     """Trains for a few updates of 20 steps. Returns the run's folder."""
 
-    def run(*words):
+    def run(*words, script=impala_procgen_srwm):
         before = set(tmp_path.glob("runs/*"))
-        command(impala_procgen_srwm, *SMALL, *words)
+        command(script, *SMALL, *words)
         new = set(tmp_path.glob("runs/*")) - before
         return new.pop() if new else None
 

@@ -78,19 +78,6 @@ def test_statistics_of_known_returns():
     assert np.isclose(found["games"]["bigfish"]["standard_error"], np.std([1, 1, 40, 40], ddof=1) / 2)
 
 
-def test_a_copy_of_the_script_under_another_name_is_scored_with_its_own_agent(train, score, tmp_path, monkeypatch):
-    """The checkpoint names the script, which lies beside evaluate.py."""
-    run = train("--total-steps", 20)
-    copy = tmp_path / "my_ablation.py"
-    copy.write_text(open(script.__file__).read().replace("class Agent(nn.Module):", "class Agent(nn.Module):\n    mine = True"))
-    checkpoint = torch.load(run / "checkpoint.pt")
-    torch.save(checkpoint | {"script": "my_ablation.py"}, run / "checkpoint.pt")
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.import_script("my_ablation.py").Agent.mine
-    score("--num-levels", 1)
-    assert (run / "evaluation_easy_0_1.json").exists()
-
-
 @pytest.mark.parametrize("words, expected", [
     ("--num-levels 0", "--num-levels must be positive"),
     ("--start-level -3", "--start-level must be at least 0"),

@@ -150,7 +150,8 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
     assert statistics[-1].item() == pytest.approx(norm.item(), rel=1e-3)
     for old, new, gradient in zip(before, learner.agent.parameters(), gradients):
         clipped = gradient * 1e-3 / norm
-        torch.testing.assert_close(new.detach(), old - 0.25 * clipped / ((0.01 * clipped**2).sqrt() + 0.01), rtol=1e-4, atol=1e-6)
+        expected = old - 0.25 * clipped / ((0.01 * clipped**2).sqrt() + 0.01)
+        torch.testing.assert_close(new.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
@@ -162,7 +163,8 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     scalars = log(run)
     assert {*script.Learner.STATISTICS, "SPS", "learning_rate", "policy_lag"} <= set(scalars)
     assert [step for step, _ in scalars["SPS"]] == list(range(20, 401, 20))
-    np.testing.assert_allclose([rate for _, rate in scalars["learning_rate"]], 6e-4 * (1 - np.arange(0, 400, 20) / 400), rtol=1e-5)
+    rates = [rate for _, rate in scalars["learning_rate"]]
+    np.testing.assert_allclose(rates, 6e-4 * (1 - np.arange(0, 400, 20) / 400), rtol=1e-5)
     assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
 
 

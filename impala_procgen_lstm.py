@@ -1,0 +1,731 @@
+"""IMPALA on ProcGen with an LSTM, the recurrent baseline.
+
+Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022, arXiv 2202.05780).
+Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actor threads and V-trace, in one process.
+
+    python impala_procgen_lstm.py --multi-env 6              one agent learns six games
+    python impala_procgen_lstm.py --env maze --seed 2        or a single one
+    python impala_procgen_lstm.py --resume runs/NAME         goes on where a run stopped
+    python evaluate.py --start-level 1000                    scores the newest run on levels it has never seen
+
+To be read from top to bottom: games, arguments, model, V-trace, environments, actors, learner, checkpoints, log, main.
+For an ablation, copy this file and change it. In shapes, T is time steps, B environments, H heads of size D.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import gym_notices.notices
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
+from gym3 import ConcatEnv
+from procgen import ProcgenGym3Env
+from procgen.env import EXPLORATION_LEVEL_SEEDS
+
+# The games in the order in which --multi-env takes them, and the range of their returns in the easy and the hard
+# distribution (Cobbe et al. 2020, appendix C), by which returns are normalised.
+RETURN_RANGE = {
+    "bigfish": {"easy": (1, 40), "hard": (0, 40)},
+    "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
+    "maze": {"easy": (5, 10), "hard": (4, 10)},
+    "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
+    "plunder": {"easy": (4.5, 30), "hard": (3, 30)},
+    "starpilot": {"easy": (2.5, 64), "hard": (1.5, 35)},
+    "miner": {"easy": (1.5, 13), "hard": (1.5, 20)},
+    "bossfight": {"easy": (0.5, 13), "hard": (0.5, 13)},
+    "caveflyer": {"easy": (3.5, 12), "hard": (2, 13.4)},
+    "chaser": {"easy": (0.5, 13), "hard": (0.5, 14.2)},
+    "climber": {"easy": (2, 12.6), "hard": (1, 12.6)},
+    "coinrun": {"easy": (5, 10), "hard": (5, 10)},
+    "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)},
+    "heist": {"easy": (3.5, 10), "hard": (2, 10)},
+    "jumper": {"easy": (3, 10), "hard": (1, 10)},
+    "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
+}
+GAMES = {  # by distribution mode
+    "easy": list(RETURN_RANGE),
+    "hard": list(RETURN_RANGE),
+    "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
+    "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"],
+    "exploration": [game for game in RETURN_RANGE if game in EXPLORATION_LEVEL_SEEDS],
+}
+NUM_ACTIONS = 15
+
+
+@dataclass
+class TrainingArgs:
+    exp_name: str = Path(__file__).stem
+    """first part of the run's name; the run's folder is runs/NAME"""
+    seed: int = 1
+    """seed of weights, levels and actions (asynchronous threads still make runs differ)"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU"""
+    bf16: bool | None = None
+    """run the CNN in bfloat16 (None: where the hardware computes in it)"""
+    compile: bool = True
+    """compile the CNN with torch.compile (on the GPU only)"""
+    resume: Path | None = None
+    """go on with the run in this folder; its own arguments are the defaults then"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline works without a network)"""
+    wandb_project_name: str = "srwm-procgen"
+    """project to log to"""
+    wandb_entity: str | None = None
+    """user or team to log to"""
+    log_interval: float = 5.0
+    """seconds between two status lines and entries in TensorBoard"""
+    save_interval: float = 300.0
+    """seconds between two checkpoints"""
+
+    multi_env: int | None = None
+    """train on the first so many games at once (None: 6, unless --env names one)"""
+    env: str | None = None
+    """train on this game alone"""
+    distribution_mode: str = "easy"
+    """easy, hard, extreme, memory or exploration; each has its own list of games"""
+    num_levels: int = 200
+    """levels of each game to train on; 0: all (exploration has one fixed level)"""
+    start_level: int = 0
+    """the first of these levels"""
+    num_actors: int | None = None
+    """actor threads (None: by the number of cores)"""
+    num_envs: int | None = None
+    """environments of each actor, a multiple of the number of games (None: about 96 on a GPU, 24 on a CPU)"""
+
+    total_steps: int = 300_000_000
+    """environment steps (frames) to learn from, and over which the learning rate falls to zero"""
+    unroll_length: int = 50
+    """steps T of an unroll"""
+    batch_size: int = 32
+    """unrolls B in an update"""
+    learning_rate: float = 6e-4
+    """of RMSprop, at the start"""
+    alpha: float = 0.99
+    """RMSprop's smoothing constant"""
+    epsilon: float = 0.01
+    """RMSprop's epsilon"""
+    momentum: float = 0.0
+    """RMSprop's momentum"""
+    grad_norm_clipping: float = 40.0
+    """largest norm of the gradient"""
+    discounting: float = 0.99
+    """discount factor"""
+    baseline_cost: float = 0.5
+    """weight of the value loss"""
+    entropy_cost: float = 0.01
+    """weight of the entropy bonus"""
+    reward_clipping: str = "abs_one"
+    """abs_one: clamp rewards to [-1, 1] for learning; none: do not"""
+    carry_state: bool = True
+    """carry the recurrent state from unroll to unroll; --no-carry-state is the paper's state-reset ablation"""
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+
+
+class Encoder(nn.Module):
+    """IMPALA's residual CNN (Espeholt et al. 2018, figure 3): frames (N, 64, 64, 3) uint8 to features (N, 256)."""
+
+    def __init__(self, args):
+        super().__init__()
+        layers, channels = [], 3
+        for width in (16, 32, 32):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, 2, 1), Residual(width), Residual(width)]
+            channels = width
+        self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(2048, 256)
+        self.dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.to(memory_format=torch.channels_last)
+        if args.cuda and args.compile:
+            self.compile(dynamic=False)
+
+    def forward(self, frames):
+        if not frames.is_cuda and len(frames) > 256:  # on a CPU, pieces that fit its caches are 1.6 times as fast
+            return torch.cat([self(piece) for piece in frames.split(256)])
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x = frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0
+            return F.relu(self.fc(F.relu(self.cnn(x)).flatten(1))).float()
+
+
+# ======================================== model: what the scripts differ in ========================================
+
+
+@dataclass
+class Args(TrainingArgs):
+    hidden_size: int = 256
+    """width of the LSTM"""
+
+
+def lstm_cell(gates, c):
+    i, f, g, o = gates.chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+class Agent(nn.Module):
+    """The LSTM baseline (Hochreiter and Schmidhuber 1997, with forget gates). The loop over time, which must reset the
+    state where an episode ends, holds only what depends on the state; on a GPU it is compiled and part of a CUDA graph."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.encoder = Encoder(args)
+        self.input, self.recurrent = nn.Linear(257, 4 * args.hidden_size), nn.Linear(args.hidden_size, 4 * args.hidden_size)
+        self.cell = torch.compile(lstm_cell, dynamic=False) if args.cuda and args.compile else lstm_cell
+        self.policy, self.baseline = nn.Linear(args.hidden_size, NUM_ACTIONS), nn.Linear(args.hidden_size, 1)
+
+    def initial_state(self, batch_size):
+        return tuple(self.policy.weight.new_zeros(batch_size, self.policy.in_features) for _ in ("h", "c"))
+
+    def forward(self, obs, reward, done, state):  # obs (T, B, 64, 64, 3) uint8; reward, done (T, B)
+        features = self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])  # (T, B, 256)
+        gates = self.input(torch.cat([features, reward.clamp(-1, 1).unsqueeze(-1)], dim=-1))  # (T, B, 4 * hidden_size)
+        (h, c), hs = state, []
+        for gates_t, keep in zip(gates, (~done).unsqueeze(-1)):
+            h, c = self.cell(gates_t + self.recurrent(h * keep), c * keep)
+            hs.append(h)
+        hs = torch.stack(hs)
+        return self.policy(hs), self.baseline(hs).squeeze(-1), (h, c)  # (T, B, 15), (T, B), state
+
+
+# ================================================= end of the model ================================================
+
+
+@torch.no_grad()
+def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
+    """V-trace targets and policy-gradient advantages (Espeholt et al. 2018, section 4.1) with all weights clipped at 1.
+
+    log_rhos, log(pi / mu) of the actions taken, discounts, rewards and values: (T, B); bootstrap_value, V at step T: (B,).
+    Returns vs and pg_advantages, (T, B) each, without gradient.
+    """
+    rhos = log_rhos.exp().clamp(max=1.0)
+    next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
+    deltas = rhos * (rewards + discounts * next_values - values)
+    correction, corrections = torch.zeros_like(bootstrap_value), []
+    for t in reversed(range(len(values))):
+        correction = deltas[t] + discounts[t] * rhos[t] * correction  # vs - V
+        corrections.append(correction)
+    vs = values + torch.stack(corrections[::-1])
+    next_vs = torch.cat([vs[1:], bootstrap_value.unsqueeze(0)])
+    return vs, rhos * (rewards + discounts * next_vs - values)
+
+
+def make_envs(args, games, num, seed, num_threads=0):
+    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
+    options = dict(distribution_mode=args.distribution_mode, rand_seed=seed % 2**31, num_threads=num_threads)
+    try:
+        if args.distribution_mode == "exploration":  # one level for each game, so that they cannot share an engine
+            return ConcatEnv([ProcgenGym3Env(1, games[n % len(games)], **options) for n in range(num)])
+        envs = ProcgenGym3Env(num, ",".join(games), num_levels=args.num_levels, start_level=args.start_level, **options)
+    except OSError as error:  # the dynamic linker's
+        raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
+    envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
+    return envs
+
+
+class Episodes:
+    """The last 100 returns and lengths of each game."""
+
+    def __init__(self, games, saved=None):
+        recent = saved or {}
+        self.recent = {game: deque(map(tuple, recent.get(game, [])), maxlen=100) for game in games}
+
+    def add(self, game, episode_return, length):
+        self.recent[game].append((float(episode_return), int(length)))
+
+    def saved(self):
+        return {game: list(episodes) for game, episodes in self.recent.items()}
+
+    def scalars(self, distribution_mode):
+        """Mean return, normalised return and length of each game, and their mean over the games once all have ended one."""
+        scalars = {}
+        for game, episodes in self.saved().items():
+            if episodes:
+                scalars[f"return/{game}"], scalars[f"length/{game}"] = np.mean(episodes, axis=0).tolist()
+                if distribution_mode in RETURN_RANGE[game]:
+                    low, high = RETURN_RANGE[game][distribution_mode]
+                    scalars[f"normalized_return/{game}"] = (scalars[f"return/{game}"] - low) / (high - low)
+        for kind in ("return", "normalized_return", "length"):
+            values = [value for name, value in scalars.items() if name.startswith(f"{kind}/")]
+            if len(values) == len(self.recent):
+                scalars[f"{kind}/mean"] = np.mean(values).item()
+        return scalars
+
+
+class Unroll:
+    """T + 1 time steps of B environments, in fixed memory on the learner's device; the last is the next unroll's first."""
+
+    def __init__(self, agent, T, B):
+        device = next(agent.parameters()).device
+        self.obs = torch.zeros(T + 1, B, 64, 64, 3, dtype=torch.uint8, device=device)
+        self.reward = torch.zeros(T + 1, B, device=device)  # of the action before
+        self.done = torch.zeros(T + 1, B, dtype=torch.bool, device=device)  # the frame at t begins an episode
+        self.action = torch.zeros(T, B, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(T, B, NUM_ACTIONS, device=device)  # of the policy that acted
+        self.state = agent.initial_state(B)  # before the first step
+        self.version = 0  # of the weights that acted
+
+    def columns(self, begin, count):
+        """Views of `count` environments from number `begin` on."""
+        steps = [x.narrow(1, begin, count) for x in (self.obs, self.reward, self.done, self.action, self.logits)]
+        return steps + [x.narrow(0, begin, count) for x in self.state]
+
+
+class Weights:
+    """The newest weights on their way from the learner to the actors: whole, never half an update."""
+
+    def __init__(self, agent):
+        self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
+        self.version, self.lock = 0, threading.Lock()
+
+    def publish(self, agent):
+        with self.lock:
+            copy_now(agent.parameters(), self.newest)
+            self.version += 1
+
+    def fetch(self, agent):
+        with self.lock:
+            copy_now(self.newest, agent.parameters())
+            return self.version
+
+
+@torch.no_grad()
+def copy_now(sources, targets):
+    """Copies tensors, and returns when that is done."""
+    sources, targets = list(sources), list(targets)
+    torch._foreach_copy_(targets, sources)
+    synchronize()
+
+
+def synchronize():
+    """Waits for the calling thread's CUDA stream, if there is one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+
+
+def capture(function, stream, generator=None):
+    """Captures a function without arguments into a CUDA graph. Returns one that replays it and returns the same tensors."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+class Actor(threading.Thread):
+    """Plays unrolls: takes an empty one and the newest weights, fills it with T steps of its environments, passes it on."""
+
+    def __init__(self, index, args, games, seed, weights, episodes, free, full, stop):
+        super().__init__(name=f"actor {index}", daemon=True)
+        self.args, self.games, self.weights, self.episodes = args, games, weights, episodes
+        self.free, self.full, self.stop = free, full, stop
+        self.envs = make_envs(args, games, args.num_envs, seed, num_threads=2 if args.cuda else 0)
+        device = torch.device("cuda" if args.cuda else "cpu")
+        self.agent = Agent(args).to(device).requires_grad_(False)
+        self.now = Unroll(self.agent, 0, args.num_envs)  # the current time step, and the state before it
+        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # on the host
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.stream = None
+        if args.cuda:
+            self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
+            with torch.cuda.stream(self.stream):
+                self.act()
+            self.act = capture(self.act, self.stream, self.generator)
+            frames = self.envs.observe()[1]["rgb"]
+            torch.cuda.cudart().cudaHostRegister(frames.ctypes.data, frames.nbytes, 0)  # pinned, for fast uploads
+
+    @torch.no_grad()
+    def act(self):
+        """One step of the policy. Returns actions (B,) and logits (B, 15); the state moves on."""
+        now = self.now
+        logits, _, state = self.agent(now.obs, now.reward, now.done, now.state)
+        for old, new in zip(now.state, state):
+            old.copy_(new)
+        clocks = torch.empty_like(logits[0]).exponential_(generator=self.generator)
+        return (logits[0].softmax(-1) / clocks).argmax(-1), logits[0]  # the first clock to ring is a sample of the softmax
+
+    def observe(self):
+        """Waits for the environments and uploads what they show. Returns reward and done as NumPy arrays (B,)."""
+        reward, obs, done = self.envs.observe()
+        for mine, theirs in ((self.now.obs, obs["rgb"]), (self.now.reward, reward), (self.now.done, done)):
+            mine[0].copy_(torch.from_numpy(theirs), non_blocking=True)
+        return reward, done
+
+    def play(self):
+        now, returns, lengths = self.now, np.zeros(self.args.num_envs), np.zeros(self.args.num_envs, dtype=np.int64)
+        self.observe()
+        while (unroll := self.free.get()) is not None:
+            unroll.version = self.weights.fetch(self.agent)
+            for mine, theirs in zip(now.state, unroll.state):
+                theirs.copy_(mine if self.args.carry_state else mine.zero_())
+            for t in range(self.args.unroll_length):
+                if self.stop.is_set():
+                    return
+                unroll.obs[t], unroll.reward[t], unroll.done[t] = now.obs[0], now.reward[0], now.done[0]
+                action, unroll.logits[t] = self.act()
+                unroll.action[t] = action
+                self.action.copy_(action, non_blocking=True)
+                synchronize()
+                self.envs.act(self.action.numpy())
+                reward, done = self.observe()
+                returns += reward
+                lengths += 1
+                for n in np.flatnonzero(done):
+                    self.episodes.add(self.games[n % len(self.games)], returns[n], lengths[n])
+                    returns[n] = lengths[n] = 0
+            unroll.obs[-1], unroll.reward[-1], unroll.done[-1] = now.obs[0], now.reward[0], now.done[0]
+            synchronize()
+            self.full.put(unroll)
+
+    def run(self):
+        try:
+            with torch.cuda.stream(self.stream):
+                self.play()
+        except BaseException as error:
+            self.full.put(error)  # the learner raises it
+
+
+class Learner:
+    """Agent and optimizer, and the update: forward, V-trace, backward, clipping and RMSprop; on CUDA one graph."""
+
+    STATISTICS = ("loss/policy", "loss/baseline", "loss/entropy", "loss/total", "vtrace/mean_rho", "gradient_norm")
+
+    def __init__(self, agent, args, saved_optimizer=None):
+        self.agent, self.args = agent, args
+        device = next(agent.parameters()).device
+        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a graph can read it
+        self.optimizer = torch.optim.RMSprop(agent.parameters(), self.learning_rate, args.alpha, args.epsilon,
+                                             momentum=args.momentum, foreach=args.cuda, capturable=args.cuda)
+        for parameter in agent.parameters():  # a step on zero gradients changes nothing, but makes the optimizer's state
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        if saved_optimizer is not None:  # its averages; how to use them is for the arguments to say
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved_optimizer["state"]})
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate
+        self.batch = Unroll(agent, args.unroll_length, args.batch_size)
+        self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
+        if args.cuda:
+            for _ in range(3):  # compilation, and cuDNN's choice of algorithms
+                self.loss()[0].backward()
+            self.optimizer.zero_grad()
+            self.update = capture(self.update, torch.cuda.current_stream())
+
+    def fill(self, full, free, version):
+        """Fills the batch with the next unrolls of single environments. Returns their mean policy lag, in updates."""
+        filled, lag = 0, 0.0
+        while filled < self.args.batch_size:
+            if self.unroll is None:
+                self.unroll, self.column = full.get(), 0
+                if isinstance(self.unroll, BaseException):
+                    raise self.unroll
+            count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
+            for mine, theirs in zip(self.batch.columns(filled, count), self.unroll.columns(self.column, count)):
+                mine.copy_(theirs)
+            lag += (version - self.unroll.version) * count / self.args.batch_size
+            filled, self.column = filled + count, self.column + count
+            if self.column == self.args.num_envs:
+                synchronize()
+                free.put(self.unroll)
+                self.unroll = None
+        return lag
+
+    def loss(self):
+        """The loss, a sum over time and batch as in the paper, and the first of the STATISTICS, means over both."""
+        batch, args = self.batch, self.args
+        logits, values, _ = self.agent(batch.obs, batch.reward, batch.done, batch.state)
+        values, bootstrap_value = values[:-1], values[-1].detach()
+        log_pi, log_mu = logits[:-1].log_softmax(-1), batch.logits.log_softmax(-1)
+        action = batch.action.unsqueeze(-1)
+        log_pi_action, log_mu_action = log_pi.gather(-1, action).squeeze(-1), log_mu.gather(-1, action).squeeze(-1)  # (T, B)
+        log_rhos = log_pi_action.detach() - log_mu_action
+        rewards = batch.reward[1:].clamp(-1, 1) if args.reward_clipping == "abs_one" else batch.reward[1:]
+        discounts = args.discounting * (~batch.done[1:]).float()
+        vs, pg_advantages = vtrace(log_rhos, discounts, rewards, values.detach(), bootstrap_value)
+
+        policy_loss = -(log_pi_action * pg_advantages).sum()
+        baseline_loss = 0.5 * (vs - values).square().sum()
+        entropy = -(log_pi.exp() * log_pi).sum()
+        loss = policy_loss + args.baseline_cost * baseline_loss - args.entropy_cost * entropy
+        sums = torch.stack([policy_loss, baseline_loss, entropy, loss, log_rhos.exp().clamp(max=1.0).sum()])
+        return loss, sums.detach() / log_rhos.numel()
+
+    def update(self):
+        """One step of RMSprop on the batch. Returns the STATISTICS."""
+        self.optimizer.zero_grad()
+        loss, statistics = self.loss()
+        loss.backward()
+        gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
+        self.optimizer.step()
+        return torch.cat([statistics, gradient_norm.view(1)])
+
+
+def save_checkpoint(path, given, agent, learner, episodes, step):
+    """Writes to a temporary file first: whatever happens, `path` is a whole checkpoint."""
+    checkpoint = dict(script=Path(__file__).name, args=to_plain(given), step=step, model=agent.state_dict(),
+                      optimizer=learner.optimizer.state_dict(), episodes=episodes.saved())
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path, script):
+    """Reads what `save_checkpoint` wrote (None: any script's), executing nothing of it. ValueError if it is not that."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own for a damaged file
+        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"script", "args", "step", "model", "optimizer", "episodes"} <= set(checkpoint):
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if script not in (None, checkpoint["script"]):
+        raise ValueError(f"{path} belongs to {checkpoint['script']}, not to {script}")
+    return checkpoint
+
+
+def load_weights(agent, checkpoint):
+    try:
+        agent.load_state_dict(checkpoint["model"])
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the checkpoint holds a model of other sizes than the arguments say: {reason}") from None
+
+
+class Logger:
+    """Prints the status line; writes scalars to TensorBoard and, with --track, to Weights & Biases."""
+
+    def __init__(self, args, run, step):
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, resume="allow",
+                       config=to_plain(args), dir=run, sync_tensorboard=True)
+        self.writer = SummaryWriter(run, purge_step=step + 1 if step else None)
+        if step == 0:
+            rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(args).items())
+            self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
+        self.args, self.time, self.step = args, time.time(), step
+
+    def write(self, step, scalars):
+        now = time.time()
+        sps = (step - self.step) / (now - self.time)
+        self.time, self.step = now, step
+        for name, value in (scalars | {"SPS": sps}).items():
+            self.writer.add_scalar(name, value, step)
+        kind = next((kind for kind in ("normalized_return", "return") if f"{kind}/mean" in scalars), None)
+        mean = f"mean {kind.replace('_', ' ')} {scalars[f'{kind}/mean']:.3f}" if kind else "no episode of each game yet"
+        left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
+        print(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {mean}", flush=True)
+
+    def close(self):
+        self.writer.close()
+        if self.args.track:
+            import wandb
+
+            wandb.finish()
+
+
+def to_plain(args):
+    """The arguments as a dictionary of plain values, which a checkpoint may hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def command_line(default, description):
+    """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(type(default), default=default, description=description)
+        except SystemExit as end:
+            if end.code:
+                raise ValueError(" ".join(re.sub("[╭╮╰╯│─]", " ", box.getvalue()).split())) from None
+            raise
+
+
+def parse_args():
+    """The arguments as given, and the checkpoint to go on from, or None."""
+    given, checkpoint = command_line(Args(), __doc__), None
+    if given.resume is not None:
+        checkpoint = load_checkpoint(given.resume / "checkpoint.pt", Path(__file__).name)
+        saved = {name: value for name, value in checkpoint["args"].items() if name in vars(given)}
+        given = command_line(Args(**saved | {"resume": given.resume}), __doc__)
+    return given, checkpoint
+
+
+def check_numbers(args):
+    from_zero = {"seed", "num_levels", "start_level", "discounting", "alpha", "momentum", "baseline_cost", "entropy_cost",
+                 "learning_rate", "epsilon", "log_interval", "save_interval"}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not (value > 0 or value == 0 and name in from_zero) or value >= 2**31:
+                least = "at least 0" if name in from_zero else "positive"
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and less than {2**31}, got {value}")
+            if value > 1 and name in ("discounting", "alpha", "momentum"):
+                raise ValueError(f"--{name} must be at most 1, got {value}")
+
+
+def check_games(games, args):
+    """Raises ValueError unless the engine, which would abort the process, can play these levels of these games."""
+    if args.distribution_mode not in GAMES:
+        raise ValueError(f"--distribution-mode must be one of {', '.join(GAMES)}, got {args.distribution_mode}")
+    for game in games:
+        if game not in GAMES[args.distribution_mode]:
+            raise ValueError(f"--env must be one of {', '.join(GAMES[args.distribution_mode])} in distribution mode "
+                             f"{args.distribution_mode}, got {game}")
+    if args.start_level > 0 and args.num_levels == 0:
+        raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
+    if args.start_level + args.num_levels >= 2**31:
+        raise ValueError(f"--start-level plus --num-levels must be less than {2**31}")
+
+
+def check_device(args):
+    """Raises ValueError if the GPU that --cuda asks for is not there; decides about bfloat16."""
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda trains on the CPU")
+    if args.bf16 is None and args.cuda:
+        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 is None:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        args.bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def complete(given):
+    """Checks the arguments and fills in what is None. Returns them, and the games to play. Raises ValueError."""
+    args = copy.copy(given)
+    check_numbers(args)
+    check_device(args)
+    if args.reward_clipping not in ("abs_one", "none"):
+        raise ValueError(f"--reward-clipping must be abs_one or none, got {args.reward_clipping}")
+    if args.env is not None and args.multi_env is not None:
+        raise ValueError("--env and --multi-env exclude each other")
+    games = GAMES.get(args.distribution_mode, [])
+    if (args.multi_env or 0) > len(games) > 0:
+        raise ValueError(f"--multi-env must be at most {len(games)} in distribution mode {args.distribution_mode}, "
+                         f"got {args.multi_env}")
+    games = [args.env] if args.env is not None else games[: args.multi_env or 6]
+    check_games(games, args)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if args.num_actors is None:
+        args.num_actors = max(1, min(8, cores // 2))
+    if args.num_envs is None:
+        least = max(96 if args.cuda else 24, math.ceil(args.batch_size / args.num_actors))
+        args.num_envs = math.ceil(least / len(games)) * len(games)
+    if args.num_envs % len(games):
+        raise ValueError(f"--num-envs must be a multiple of {len(games)}, the number of games, got {args.num_envs}")
+    if args.batch_size > args.num_actors * args.num_envs:
+        raise ValueError(f"--batch-size must be at most {args.num_actors * args.num_envs}, the number of all environments "
+                         f"(--num-actors times --num-envs), got {args.batch_size}")
+    return args, games
+
+
+def train(given, args, games, checkpoint):
+    """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    step = checkpoint["step"] if checkpoint else 0
+    seed = args.seed + step  # a resumed run plays on, not again
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    if args.cuda:
+        torch.cuda.set_stream(torch.cuda.Stream())  # the learner's: the default stream cannot be captured
+    agent = Agent(args).to(device)
+    if checkpoint:
+        load_weights(agent, checkpoint)
+    episodes = Episodes(games, checkpoint and checkpoint["episodes"])
+    make_envs(args, games, len(games), seed)  # whatever ails the engine shows here
+
+    run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    run.mkdir(parents=True, exist_ok=True)
+    parameters = sum(parameter.numel() for parameter in agent.parameters())
+    print(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
+          f"{parameters:,} parameters on {torch.cuda.get_device_name() if args.cuda else 'the CPU'}", flush=True)
+    if args.cuda and args.compile:
+        print("compiling the CNN and capturing CUDA graphs, about a minute", flush=True)
+    learner = Learner(agent, args, checkpoint and checkpoint["optimizer"])
+    weights, free, full, stop = Weights(agent), queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    actors = [Actor(i, args, games, seed * 1000 + i, weights, episodes, free, full, stop) for i in range(args.num_actors)]
+    for _ in range(args.num_actors + 1):
+        free.put(Unroll(agent, args.unroll_length, args.num_envs))
+    logger = Logger(args, run, step)
+
+    def on_signal(number, frame):
+        print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    for actor in actors:
+        actor.start()
+    saved = logged = time.time()
+    totals, updates, total_lag = torch.zeros(len(Learner.STATISTICS), device=device), 0, 0.0  # since the last log
+    try:
+        while step < args.total_steps and not stop.is_set():
+            lag = learner.fill(full, free, weights.version)
+            learning_rate = args.learning_rate * (1 - step / args.total_steps)
+            learner.learning_rate.fill_(learning_rate)
+            totals += learner.update()
+            weights.publish(agent)
+            step, updates, total_lag = step + args.unroll_length * args.batch_size, updates + 1, total_lag + lag
+            if (now := time.time()) - logged >= args.log_interval or step >= args.total_steps or stop.is_set():
+                scalars = dict(zip(Learner.STATISTICS, (totals / updates).tolist()))
+                scalars |= episodes.scalars(args.distribution_mode)
+                logger.write(step, scalars | dict(learning_rate=learning_rate, policy_lag=total_lag / updates))
+                logged, updates, total_lag = now, 0, 0.0
+                totals.zero_()
+            if now - saved >= args.save_interval:
+                save_checkpoint(run / "checkpoint.pt", given, agent, learner, episodes, step)
+                saved = now
+    finally:
+        stop.set()
+        for _ in actors:
+            free.put(None)
+        for actor in actors:
+            actor.join()
+    save_checkpoint(run / "checkpoint.pt", given, agent, learner, episodes, step)
+    logger.close()
+    print(f"saved {run / 'checkpoint.pt'} at step {step:,}", flush=True)
+
+
+def main():
+    try:
+        given, checkpoint = parse_args()
+        args, games = complete(given)
+        train(given, args, games, checkpoint)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
