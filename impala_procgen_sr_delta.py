@@ -361,9 +361,11 @@ def copy_now(sources, targets):
 
 
 def synchronize():
-    """Waits for the calling thread's CUDA stream, if there is one."""
+    """Waits for the calling thread's CUDA stream, if there is one; a blocking event leaves the core to the environments."""
     if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        event.synchronize()
 
 
 def capture(function, stream, generator=None):
@@ -393,7 +395,8 @@ class Actor(threading.Thread):
         device = torch.device("cuda" if args.cuda else "cpu")
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.now = Unroll(self.agent, 0, args.num_envs)  # the current time step, and the state before it
-        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # on the host
+        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # these two on the host
+        self.frames = torch.zeros(args.num_envs, 64, 64, 3, dtype=torch.uint8, pin_memory=args.cuda)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stream = None
         if args.cuda:
@@ -401,8 +404,6 @@ class Actor(threading.Thread):
             with torch.cuda.stream(self.stream):
                 self.act()
             self.act = capture(self.act, self.stream, self.generator)
-            frames = self.envs.observe()[1]["rgb"]
-            torch.cuda.cudart().cudaHostRegister(frames.ctypes.data, frames.nbytes, 0)  # pinned, for fast uploads
 
     @torch.no_grad()
     def act(self):
@@ -417,8 +418,10 @@ class Actor(threading.Thread):
     def observe(self):
         """Waits for the environments and uploads what they show. Returns reward and done as NumPy arrays (B,)."""
         reward, obs, done = self.envs.observe()
-        for mine, theirs in ((self.now.obs, obs["rgb"]), (self.now.reward, reward), (self.now.done, done)):
-            mine[0].copy_(torch.from_numpy(theirs), non_blocking=True)
+        self.frames.copy_(torch.from_numpy(obs["rgb"]))
+        self.now.obs[0].copy_(self.frames, non_blocking=True)
+        self.now.reward[0].copy_(torch.from_numpy(reward))
+        self.now.done[0].copy_(torch.from_numpy(done))
         return reward, done
 
     def play(self):
