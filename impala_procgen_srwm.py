@@ -41,25 +41,17 @@ from gym3 import ConcatEnv
 from procgen import ProcgenGym3Env
 from procgen.env import EXPLORATION_LEVEL_SEEDS
 
-# The games in the order in which --multi-env takes them, and the range of their returns in the easy and the hard
-# distribution (Cobbe et al. 2020, appendix C), by which returns are normalised.
+# The games in the order in which --multi-env takes them, and the range of their returns, by which they are normalised
+# (Cobbe et al. 2020, appendix C).
 RETURN_RANGE = {
-    "bigfish": {"easy": (1, 40), "hard": (0, 40)},
-    "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
-    "maze": {"easy": (5, 10), "hard": (4, 10)},
-    "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
-    "plunder": {"easy": (4.5, 30), "hard": (3, 30)},
-    "starpilot": {"easy": (2.5, 64), "hard": (1.5, 35)},
-    "miner": {"easy": (1.5, 13), "hard": (1.5, 20)},
-    "bossfight": {"easy": (0.5, 13), "hard": (0.5, 13)},
-    "caveflyer": {"easy": (3.5, 12), "hard": (2, 13.4)},
-    "chaser": {"easy": (0.5, 13), "hard": (0.5, 14.2)},
-    "climber": {"easy": (2, 12.6), "hard": (1, 12.6)},
-    "coinrun": {"easy": (5, 10), "hard": (5, 10)},
-    "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)},
-    "heist": {"easy": (3.5, 10), "hard": (2, 10)},
-    "jumper": {"easy": (3, 10), "hard": (1, 10)},
-    "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
+    "bigfish": {"easy": (1, 40), "hard": (0, 40)}, "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
+    "maze": {"easy": (5, 10), "hard": (4, 10)}, "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
+    "plunder": {"easy": (4.5, 30), "hard": (3, 30)}, "starpilot": {"easy": (2.5, 64), "hard": (1.5, 35)},
+    "miner": {"easy": (1.5, 13), "hard": (1.5, 20)}, "bossfight": {"easy": (0.5, 13), "hard": (0.5, 13)},
+    "caveflyer": {"easy": (3.5, 12), "hard": (2, 13.4)}, "chaser": {"easy": (0.5, 13), "hard": (0.5, 14.2)},
+    "climber": {"easy": (2, 12.6), "hard": (1, 12.6)}, "coinrun": {"easy": (5, 10), "hard": (5, 10)},
+    "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)}, "heist": {"easy": (3.5, 10), "hard": (2, 10)},
+    "jumper": {"easy": (3, 10), "hard": (1, 10)}, "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
 }
 GAMES = {  # by distribution mode
     "easy": list(RETURN_RANGE),
@@ -565,7 +557,7 @@ class Logger:
 
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, resume="allow",
                        config=to_plain(args), dir=run, sync_tensorboard=True)
-        self.writer = SummaryWriter(run, purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(run, purge_step=step + 1 if step else None)  # drops what lies past the checkpoint
         if step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
@@ -585,9 +577,7 @@ class Logger:
     def close(self):
         self.writer.close()
         if self.args.track:
-            import wandb
-
-            wandb.finish()
+            sys.modules["wandb"].finish()
 
 
 def to_plain(args):
@@ -760,6 +750,8 @@ def main():
     except ValueError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before training began: there is nothing to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":
