@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,12 @@ import torch
 
 from impala_procgen_srwm import (
     RETURN_RANGE,
-    ProcgenGym3Env,
     check_games,
     check_numbers,
     command_line,
     load_checkpoint,
     load_weights,
+    make_envs,
 )
 
 
@@ -64,11 +64,10 @@ def import_script(name):
 class Levels:
     """One environment for each (game, level), stepped by several threads."""
 
-    def __init__(self, pairs, distribution_mode):
+    def __init__(self, pairs, args):
         def make(pair):
             game, level = pair
-            split = {} if distribution_mode == "exploration" else dict(num_levels=1, start_level=level)
-            return ProcgenGym3Env(1, game, distribution_mode=distribution_mode, num_threads=0, rand_seed=0, **split)
+            return make_envs(replace(args, start_level=level, num_levels=1), [game], num=1, seed=0)
 
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.pool = ThreadPoolExecutor(self.threads)
@@ -96,7 +95,7 @@ class Levels:
 @torch.no_grad()
 def play(agent, args, pairs, greedy, seed, device):
     """Plays one episode of each (game, level). Returns their returns, in the order of the pairs."""
-    levels, returns = Levels(pairs, args.distribution_mode), np.zeros(len(pairs))
+    levels, returns = Levels(pairs, args), np.zeros(len(pairs))
     generator = torch.Generator(device).manual_seed(seed)
     state, playing, begin, printed = agent.initial_state(len(pairs)), np.arange(len(pairs)), time.time(), 0.0
     reward, frames, _ = levels.step()
@@ -149,50 +148,63 @@ def summarize(returns, distribution_mode):
     return dict(games=games, mean=mean)
 
 
-def evaluate(args):
+def prepare(args):
+    """What the arguments mean. Returns the checkpoint and its path, the agent, the arguments that it was trained with but with
+    the split to play, and the games. Raises ValueError for what is not allowed."""
+    check_numbers(args)
+    if args.num_levels < 1:
+        raise ValueError("--num-levels must be positive, got 0")
     path = args.checkpoint
     if path is None:
         found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise ValueError("--checkpoint is missing, and there is none under runs/")
         path = found[-1]
+    elif path.is_dir():
+        path = path / "checkpoint.pt"
     checkpoint = load_checkpoint(path, script=None)
     script = import_script(checkpoint["script"])
-    here = dict(cuda=args.cuda, bf16=None, compile=False, resume=None)  # how to compute is a matter of this machine
-    trained, games = script.complete(script.Args(**checkpoint["args"] | here))
-    trained.distribution_mode = args.distribution_mode or trained.distribution_mode
-    trained.start_level, trained.num_levels = args.start_level, args.num_levels
+    known = {field.name for field in fields(script.Args)}
+    saved = {name: value for name, value in checkpoint["args"].items() if name in known}
+    here = dict(cuda=args.cuda, bf16=None, compile=False, resume=None, num_actors=None, num_envs=None)  # for this machine
+    trained, games = script.complete(script.Args(**saved | here))
+    split = replace(trained, distribution_mode=args.distribution_mode or trained.distribution_mode,
+                    start_level=args.start_level, num_levels=args.num_levels)
     games = args.env or games
-    check_games(games, trained)
-    if trained.distribution_mode == "exploration":
-        trained.num_levels = 1
-
-    device = torch.device("cuda" if args.cuda else "cpu")
-    agent = script.Agent(trained).to(device)
+    check_games(games, split)
+    if split.distribution_mode == "exploration":
+        split.num_levels = 1
+    agent = script.Agent(split).to("cuda" if args.cuda else "cpu")
     load_weights(agent, checkpoint)
-    print(f"{path} ({checkpoint['step']:,} steps), {trained.distribution_mode}, levels {args.start_level} to "
-          f"{args.start_level + trained.num_levels - 1}, {'greedy' if args.greedy else 'sampled'} actions")
-    pairs = [(game, args.start_level + level) for game in games for level in range(trained.num_levels)]
-    returns = play(agent, trained, pairs, args.greedy, args.seed, device).reshape(len(games), -1)
-    results = summarize(dict(zip(games, returns.tolist())), trained.distribution_mode)
-    results |= dict(run=path.parent.name, step=checkpoint["step"], distribution_mode=trained.distribution_mode,
-                    start_level=args.start_level, num_levels=trained.num_levels, greedy=args.greedy, seed=args.seed)
-    name = f"evaluation_{trained.distribution_mode}_{args.start_level}_{trained.num_levels}{'' if args.greedy else '_sampled'}"
-    path.with_name(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    make_envs(split, games, len(games), seed=0)  # whatever ails the engine shows here
+    return path, checkpoint, agent, split, games
+
+
+def evaluate(args, path, checkpoint, agent, split, games):
+    """Plays the split, prints the table and writes the JSON file."""
+    first, count, mode = split.start_level, split.num_levels, split.distribution_mode
+    print(f"{path} ({checkpoint['step']:,} steps), {mode}, levels {first} to {first + count - 1}, "
+          f"{'greedy' if args.greedy else 'sampled'} actions", flush=True)
+    pairs = [(game, first + level) for game in games for level in range(count)]
+    device = torch.device("cuda" if args.cuda else "cpu")
+    returns = play(agent, split, pairs, args.greedy, args.seed, device).reshape(len(games), -1)
+    results = summarize(dict(zip(games, returns.tolist())), mode)
+    results |= dict(run=path.parent.name, step=checkpoint["step"], distribution_mode=mode, start_level=first,
+                    num_levels=count, greedy=args.greedy, seed=args.seed)
+    target = path.with_name(f"evaluation_{mode}_{first}_{count}{'' if args.greedy else '_sampled'}.json")
+    target.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    print(f"written to {path.with_name(f'{name}.json')}")
+    print(f"written to {target}")
 
 
 def main():
     try:
         args = command_line(Args(), __doc__)
-        check_numbers(args)
-        if args.num_levels < 1:
-            raise ValueError("--num-levels must be positive, got 0")
-        evaluate(args)
+        prepared = prepare(args)
     except ValueError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    evaluate(args, *prepared)
 
 
 if __name__ == "__main__":

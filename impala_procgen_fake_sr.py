@@ -128,7 +128,7 @@ class TrainingArgs:
     reward_clipping: str = "abs_one"
     """abs_one: clamp rewards to [-1, 1] for learning; none: do not"""
     carry_state: bool = True
-    """carry the recurrent state from unroll to unroll; --no-carry-state is the paper's state-reset ablation"""
+    """carry the recurrent state, if the model has one, from unroll to unroll; --no-carry-state is the state-reset ablation"""
 
 
 class Residual(nn.Module):
@@ -191,12 +191,8 @@ class FakeSR(nn.Module):
         return h + self.out(y.flatten(-2))
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, size):
-        super().__init__(nn.LayerNorm(size), nn.Linear(size, 4 * size), nn.ReLU(), nn.Linear(4 * size, size))
-
-    def forward(self, h):
-        return h + super().forward(h)
+def feed_forward_block(size):
+    return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 4 * size), nn.ReLU(), nn.Linear(4 * size, size))
 
 
 class Agent(nn.Module):
@@ -207,7 +203,7 @@ class Agent(nn.Module):
         self.encoder = Encoder(args)
         self.input = nn.Linear(257, args.hidden_size)
         self.layers = nn.ModuleList(FakeSR(args) for _ in range(args.num_layers))
-        self.feed_forward = nn.ModuleList(FeedForward(args.hidden_size) for _ in range(args.num_layers))
+        self.feed_forward = nn.ModuleList(feed_forward_block(args.hidden_size) for _ in range(args.num_layers))
         self.policy, self.baseline = nn.Linear(args.hidden_size, NUM_ACTIONS), nn.Linear(args.hidden_size, 1)
 
     def initial_state(self, batch_size):
@@ -217,7 +213,8 @@ class Agent(nn.Module):
         features = self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])  # (T, B, 256)
         h = self.input(torch.cat([features, reward.clamp(-1, 1).unsqueeze(-1)], dim=-1))
         for layer, feed_forward in zip(self.layers, self.feed_forward):
-            h = feed_forward(layer(h))
+            h = layer(h)
+            h = h + feed_forward(h)
         return self.policy(h), self.baseline(h).squeeze(-1), state  # (T, B, 15), (T, B), state
 
 
@@ -245,11 +242,12 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
 
 def make_envs(args, games, num, seed, num_threads=0):
     """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
-    options = dict(distribution_mode=args.distribution_mode, rand_seed=seed % 2**31, num_threads=num_threads)
+    options = dict(distribution_mode=args.distribution_mode, rand_seed=seed % 2**31)
+    levels = dict(num_levels=args.num_levels, start_level=args.start_level)
     try:
         if args.distribution_mode == "exploration":  # one level for each game, so that they cannot share an engine
-            return ConcatEnv([ProcgenGym3Env(1, games[n % len(games)], **options) for n in range(num)])
-        envs = ProcgenGym3Env(num, ",".join(games), num_levels=args.num_levels, start_level=args.start_level, **options)
+            return ConcatEnv([ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **options) for n in range(num)])
+        envs = ProcgenGym3Env(num, ",".join(games), num_threads=num_threads, **levels, **options)
     except OSError as error:  # the dynamic linker's
         raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
@@ -286,7 +284,10 @@ class Episodes:
 
 
 class Unroll:
-    """T + 1 time steps of B environments, in fixed memory on the learner's device; the last is the next unroll's first."""
+    """T + 1 time steps of B environments, in fixed memory on the learner's device; the last is the next unroll's first.
+
+    It is what actors fill; the learner's batch, whose columns come from several; and, with T = 0, an actor's present.
+    """
 
     def __init__(self, agent, T, B):
         device = next(agent.parameters()).device
@@ -311,23 +312,19 @@ class Weights:
         self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
         self.version, self.lock = 0, threading.Lock()
 
-    def publish(self, agent):
+    @torch.no_grad()
+    def copy(self, sources, targets, updates):
         with self.lock:
-            copy_now(agent.parameters(), self.newest)
-            self.version += 1
-
-    def fetch(self, agent):
-        with self.lock:
-            copy_now(self.newest, agent.parameters())
+            torch._foreach_copy_(list(targets), list(sources))
+            synchronize()
+            self.version += updates
             return self.version
 
+    def publish(self, agent):
+        self.copy(agent.parameters(), self.newest, updates=1)
 
-@torch.no_grad()
-def copy_now(sources, targets):
-    """Copies tensors, and returns when that is done."""
-    sources, targets = list(sources), list(targets)
-    torch._foreach_copy_(targets, sources)
-    synchronize()
+    def fetch(self, agent):
+        return self.copy(self.newest, agent.parameters(), updates=0)
 
 
 def synchronize():
@@ -395,6 +392,7 @@ class Actor(threading.Thread):
         return reward, done
 
     def play(self):
+        """Plays unrolls until it is told to stop, by `stop` or by None in place of an empty unroll."""
         now, returns, lengths = self.now, np.zeros(self.args.num_envs), np.zeros(self.args.num_envs, dtype=np.int64)
         self.observe()
         while (unroll := self.free.get()) is not None:
@@ -423,7 +421,7 @@ class Actor(threading.Thread):
     def run(self):
         try:
             with torch.cuda.stream(self.stream):
-                self.play()
+                self.full.put(self.play())  # None: no more will come
         except BaseException as error:
             self.full.put(error)  # the learner raises it
 
@@ -443,7 +441,10 @@ class Learner:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         if saved_optimizer is not None:  # its averages; how to use them is for the arguments to say
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved_optimizer["state"]})
+            state = self.optimizer.state_dict()
+            for index, saved in saved_optimizer["state"].items():
+                state["state"][index] |= saved
+            self.optimizer.load_state_dict(state)
             self.optimizer.param_groups[0]["lr"] = self.learning_rate
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
@@ -454,13 +455,16 @@ class Learner:
             self.update = capture(self.update, torch.cuda.current_stream())
 
     def fill(self, full, free, version):
-        """Fills the batch with the next unrolls of single environments. Returns their mean policy lag, in updates."""
+        """Fills the batch with the next unrolls of single environments. Returns their mean policy lag, in updates, or None
+        where the actors were told to stop."""
         filled, lag = 0, 0.0
         while filled < self.args.batch_size:
             if self.unroll is None:
                 self.unroll, self.column = full.get(), 0
                 if isinstance(self.unroll, BaseException):
                     raise self.unroll
+                if self.unroll is None:
+                    return None
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
             for mine, theirs in zip(self.batch.columns(filled, count), self.unroll.columns(self.column, count)):
                 mine.copy_(theirs)
@@ -547,12 +551,19 @@ class Logger:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
         self.args, self.time, self.step = args, time.time(), step
+        self.sums, self.lag, self.updates = 0.0, 0.0, 0  # since the last status line
 
-    def write(self, step, scalars):
+    def add(self, statistics, lag):
+        self.sums, self.lag, self.updates = self.sums + statistics, self.lag + lag, self.updates + 1
+
+    def write(self, step, learning_rate, episodes):
         now = time.time()
         sps = (step - self.step) / (now - self.time)
-        self.time, self.step = now, step
-        for name, value in (scalars | {"SPS": sps}).items():
+        scalars = dict(zip(Learner.STATISTICS, (self.sums / self.updates).tolist()))
+        scalars |= dict(policy_lag=self.lag / self.updates, learning_rate=learning_rate, SPS=sps)
+        scalars |= episodes.scalars(self.args.distribution_mode)
+        self.time, self.step, self.sums, self.lag, self.updates = now, step, 0.0, 0.0, 0
+        for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
         kind = next((kind for kind in ("normalized_return", "return") if f"{kind}/mean" in scalars), None)
         mean = f"mean {kind.replace('_', ' ')} {scalars[f'{kind}/mean']:.3f}" if kind else "no episode of each game yet"
@@ -593,7 +604,7 @@ def parse_args():
 
 def check_numbers(args):
     from_zero = {"seed", "num_levels", "start_level", "discounting", "alpha", "momentum", "baseline_cost", "entropy_cost",
-                 "learning_rate", "epsilon", "log_interval", "save_interval"}
+                 "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not (value > 0 or value == 0 and name in from_zero) or value >= 2**31:
@@ -629,7 +640,10 @@ def check_device(args):
 
 
 def complete(given):
-    """Checks the arguments and fills in what is None. Returns them, and the games to play. Raises ValueError."""
+    """Checks the arguments and fills in what is None. Returns them, and the games to play. Raises ValueError.
+
+    A checkpoint keeps the arguments as given, so that None is decided anew on the machine that goes on.
+    """
     args = copy.copy(given)
     check_numbers(args)
     check_device(args)
@@ -658,21 +672,23 @@ def complete(given):
     return args, games
 
 
-def train(given, args, games, checkpoint):
+def make_agent(args, checkpoint):
+    """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that cannot be."""
+    torch.manual_seed(args.seed)
+    agent = Agent(args).to("cuda" if args.cuda else "cpu")
+    if checkpoint:
+        load_weights(agent, checkpoint)
+    return agent
+
+
+def train(given, args, games, agent, checkpoint):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
-    device = torch.device("cuda" if args.cuda else "cpu")
     step = checkpoint["step"] if checkpoint else 0
-    seed = args.seed + step  # a resumed run plays on, not again
-    torch.manual_seed(seed)
+    seed = (args.seed + step) * 1000  # a resumed run plays on, not again
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # the learner's: the default stream cannot be captured
-    agent = Agent(args).to(device)
-    if checkpoint:
-        load_weights(agent, checkpoint)
-    episodes = Episodes(games, checkpoint and checkpoint["episodes"])
-    make_envs(args, games, len(games), seed)  # whatever ails the engine shows here
 
     run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run.mkdir(parents=True, exist_ok=True)
@@ -682,59 +698,62 @@ def train(given, args, games, checkpoint):
     if args.cuda and args.compile:
         print("compiling the CNN and capturing CUDA graphs, about a minute", flush=True)
     learner = Learner(agent, args, checkpoint and checkpoint["optimizer"])
-    weights, free, full, stop = Weights(agent), queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    actors = [Actor(i, args, games, seed * 1000 + i, weights, episodes, free, full, stop) for i in range(args.num_actors)]
+    episodes, weights = Episodes(games, checkpoint and checkpoint["episodes"]), Weights(agent)
+    free, full, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    actors = [Actor(i, args, games, seed + i, weights, episodes, free, full, stop) for i in range(args.num_actors)]
     for _ in range(args.num_actors + 1):
         free.put(Unroll(agent, args.unroll_length, args.num_envs))
-    logger = Logger(args, run, step)
+    logger, saved = Logger(args, run, step), time.time()
 
     def on_signal(number, frame):
         print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
-        signal.signal(number, signal.SIG_DFL)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    synchronize()
     for actor in actors:
         actor.start()
-    saved = logged = time.time()
-    totals, updates, total_lag = torch.zeros(len(Learner.STATISTICS), device=device), 0, 0.0  # since the last log
     try:
         while step < args.total_steps and not stop.is_set():
-            lag = learner.fill(full, free, weights.version)
+            if (lag := learner.fill(full, free, weights.version)) is None:
+                break
             learning_rate = args.learning_rate * (1 - step / args.total_steps)
             learner.learning_rate.fill_(learning_rate)
-            totals += learner.update()
+            logger.add(learner.update(), lag)
             weights.publish(agent)
-            step, updates, total_lag = step + args.unroll_length * args.batch_size, updates + 1, total_lag + lag
-            if (now := time.time()) - logged >= args.log_interval or step >= args.total_steps or stop.is_set():
-                scalars = dict(zip(Learner.STATISTICS, (totals / updates).tolist()))
-                scalars |= episodes.scalars(args.distribution_mode)
-                logger.write(step, scalars | dict(learning_rate=learning_rate, policy_lag=total_lag / updates))
-                logged, updates, total_lag = now, 0, 0.0
-                totals.zero_()
-            if now - saved >= args.save_interval:
+            step += args.unroll_length * args.batch_size
+            if time.time() - logger.time >= args.log_interval:
+                logger.write(step, learning_rate, episodes)
+            if time.time() - saved >= args.save_interval:
                 save_checkpoint(run / "checkpoint.pt", given, agent, learner, episodes, step)
-                saved = now
+                saved = time.time()
+        if logger.updates:
+            logger.write(step, learning_rate, episodes)
     finally:
         stop.set()
         for _ in actors:
             free.put(None)
         for actor in actors:
             actor.join()
+        logger.close()
     save_checkpoint(run / "checkpoint.pt", given, agent, learner, episodes, step)
-    logger.close()
     print(f"saved {run / 'checkpoint.pt'} at step {step:,}", flush=True)
 
 
 def main():
     try:
-        given, checkpoint = parse_args()
-        args, games = complete(given)
-        train(given, args, games, checkpoint)
-    except ValueError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            given, checkpoint = parse_args()
+            args, games = complete(given)
+            make_envs(args, games, len(games), args.seed)  # whatever ails the engine shows here
+            agent = make_agent(args, checkpoint)
+        except ValueError as error:  # only from here: in training it would be a mistake in the program
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        train(given, args, games, agent, checkpoint)
     except KeyboardInterrupt:  # before training began: there is nothing to save
         sys.exit(130)
 

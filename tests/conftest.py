@@ -6,15 +6,16 @@ import torch
 
 import evaluate
 import impala_procgen_srwm
+import srwm_cuda
 
 SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or srwm_cuda._kernels() is None:
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and nvcc"))
 
 
 @pytest.fixture

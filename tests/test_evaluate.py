@@ -1,6 +1,7 @@
 """Evaluation: every level once, the same numbers twice, the right statistics."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,31 +44,73 @@ def test_the_newest_checkpoint_is_taken(train, score, capsys):
     assert capsys.readouterr().out.startswith("runs/newer")
 
 
-def test_returns_are_those_of_a_loop_over_single_levels(train):
-    """Level by level, with an environment and a state of its own, in float32."""
-    checkpoint = script.load_checkpoint(train("--total-steps", 20) / "checkpoint.pt", None)
-    args = script.Args(**checkpoint["args"] | dict(cuda=False, bf16=False, carry_state=False, unroll_length=7))
-    agent = script.Agent(args)
-    script.load_weights(agent, checkpoint)
-    pairs = [("maze", 3), ("maze", 4), ("fruitbot", 1003), ("leaper", 17)]
+class Clock(torch.nn.Module):
+    """Acts by the number of steps since its state was zero: seven steps to the right, seven to the left, and so on."""
+
+    def initial_state(self, batch_size):
+        return (torch.zeros(batch_size),)
+
+    def forward(self, obs, reward, done, state):
+        right = state[0] % 14 < 7
+        return torch.nn.functional.one_hot(torch.where(right, 7, 1), 15).float()[None], None, (state[0] + 1,)
+
+
+def play_alone(agent, game, level, reset_every):
+    """The return of one greedy episode in an environment of its own."""
+    env = script.ProcgenGym3Env(1, game, num_levels=1, start_level=level, distribution_mode="easy", num_threads=0)
+    assert env.get_info()[0]["level_seed"] == level
+    total, step = 0.0, 0
+    while True:
+        reward, obs, first = env.observe()
+        if step > 0:
+            total += reward[0]
+            if first[0]:
+                return total
+        if step % reset_every == 0:
+            state = agent.initial_state(1)
+        with torch.no_grad():
+            logits, _, state = agent(*(torch.from_numpy(x)[None] for x in (obs["rgb"], reward, first)), state)
+        env.act(logits[0].argmax(-1).int().numpy())
+        step += 1
+
+
+@pytest.mark.parametrize("agent", [Clock(), script.Agent(script.Args(cuda=False, bf16=False))], ids=["clock", "srwm"])
+@pytest.mark.parametrize("carry_state", [True, False])
+def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state):
+    """In float32, level by level; without carried state, the state is reset every unroll_length steps."""
+    args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
+    pairs = [("maze", 3), ("fruitbot", 1003), ("starpilot", 5), ("bigfish", 17)]
     returns = evaluate.play(agent, args, pairs, greedy=True, seed=1, device=torch.device("cpu"))
-    for (game, level), ours in zip(pairs, returns):
-        env = script.ProcgenGym3Env(1, game, num_levels=1, start_level=level, distribution_mode="easy", num_threads=0)
-        assert env.get_info()[0]["level_seed"] == level
-        total, step = 0.0, 0
-        while True:
-            reward, obs, first = env.observe()
-            total += reward[0] if step else 0.0
-            if step and first[0]:
-                break
-            if step % 7 == 0:
-                state = agent.initial_state(1)
-            with torch.no_grad():
-                inputs = (torch.from_numpy(x)[None] for x in (obs["rgb"], reward, first))
-                logits, _, state = agent(*inputs, state)
-            env.act(logits[0].argmax(-1).int().numpy())
-            step += 1
-        assert ours == pytest.approx(total, abs=1e-5)
+    assert returns.tolist() == [play_alone(agent, *pair, 10**6 if carry_state else 7) for pair in pairs]
+
+
+def test_a_state_that_is_not_carried_changes_what_is_played():
+    args = script.Args(cuda=False, bf16=False, unroll_length=7)
+    pairs = [("fruitbot", level) for level in range(4)]
+    carried, reset = (evaluate.play(Clock(), replace(args, carry_state=carry), pairs, True, 1, torch.device("cpu"))
+                      for carry in (True, False))
+    assert carried.tolist() != reset.tolist()
+
+
+def test_a_checkpoint_of_other_machines_and_versions_is_scored(train, score):
+    """Given by its folder; with a batch that this machine's default actors could not fill, and an argument long gone."""
+    run = train("--total-steps", 20)
+    checkpoint = torch.load(run / "checkpoint.pt")
+    changes = dict(num_actors=None, num_envs=2, batch_size=500, an_argument_long_gone=1)
+    torch.save(checkpoint | {"args": checkpoint["args"] | changes}, run / "checkpoint.pt")
+    score("--num-levels", 1, "--checkpoint", run)
+    assert (run / "evaluation_easy_0_1.json").exists()
+
+
+def test_a_missing_system_library_is_named_with_its_debian_package(train, score, refused, monkeypatch, capsys):
+    train("--total-steps", 20)
+
+    def no_engine(*args, **options):
+        raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    capsys.readouterr()
+    refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")
 
 
 def test_statistics_of_known_returns():

@@ -12,7 +12,7 @@ import evaluate
 import impala_procgen_srwm
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("impala_procgen_*.py"))
+SCRIPTS = [f"impala_procgen_{name}" for name in ("delta", "fake_sr", "ff", "lstm", "sr_delta", "srwm")]
 
 
 def shared_text(stem):
@@ -27,10 +27,6 @@ def shared_text(stem):
 def test_scripts_are_one_text_outside_the_model(stem):
     diff = list(difflib.unified_diff(shared_text("impala_procgen_srwm"), shared_text(stem), "impala_procgen_srwm", stem, n=1))
     assert not diff, "\n".join(["the scripts have drifted apart:", *diff])
-
-
-def test_there_are_six_scripts():
-    assert [stem.removeprefix("impala_procgen_") for stem in SCRIPTS] == ["delta", "fake_sr", "ff", "lstm", "sr_delta", "srwm"]
 
 
 @pytest.mark.parametrize("stem", SCRIPTS)
@@ -56,15 +52,24 @@ def test_a_checkpoint_of_another_script_is_refused(train, command, refused, caps
     refused(lambda: command(importlib.import_module("impala_procgen_ff"), "--resume", run), "belongs to impala_procgen_srwm.py")
 
 
-def test_a_user_s_copy_with_a_changed_line_trains_and_is_scored(monkeypatch, train, score, tmp_path):
-    """my_ablation.py: an SRWM whose output is not projected, found by its name beside evaluate.py."""
-    text = Path(impala_procgen_srwm.__file__).read_text()
-    line = "return h + self.out(y.flatten(-2)), state"
-    assert text.count(line) == 1
-    (tmp_path / "my_ablation.py").write_text(text.replace(line, "return h + y.flatten(-2) + 0 * self.out.weight.sum(), state"))
+def apply(diff, text):
+    """Applies a diff without line numbers, whose hunks are parted by lines of three dots."""
+    for hunk in diff.split(" ...\n"):
+        old, new = ("".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in signs) for signs in (" -", " +"))
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch, train, score, tmp_path):
+    """my_ablation.py, found by its name beside evaluate.py."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    copy = apply(diff, Path(impala_procgen_srwm.__file__).read_text())
+    (tmp_path / "my_ablation.py").write_text(copy)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
     script = evaluate.import_script("my_ablation.py")
     run = train("--total-steps", 60, script=script)
+    assert "layers.0.gate.weight" in torch.load(run / "checkpoint.pt")["model"]
     assert run.name.startswith("my_ablation__1__")
     assert torch.load(run / "checkpoint.pt")["script"] == "my_ablation.py"
     score("--num-levels", 2)
