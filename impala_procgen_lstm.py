@@ -660,6 +660,8 @@ def complete(given):
 
 def make_agent(args, checkpoint):
     """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that cannot be."""
+    if args.cuda:
+        torch.cuda.set_stream(torch.cuda.Stream())  # this thread's, the learner's: the default stream cannot be captured
     torch.manual_seed(args.seed)
     agent = Agent(args).to("cuda" if args.cuda else "cpu")
     if checkpoint:
@@ -673,9 +675,6 @@ def train(given, args, games, agent, checkpoint):
     seed = (args.seed + step) * 1000  # a resumed run plays on, not again
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if args.cuda:
-        torch.cuda.set_stream(torch.cuda.Stream())  # the learner's: the default stream cannot be captured
-
     run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run.mkdir(parents=True, exist_ok=True)
     parameters = sum(parameter.numel() for parameter in agent.parameters())
