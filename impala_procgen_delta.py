@@ -23,14 +23,16 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import gym_notices.notices
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -61,6 +63,10 @@ GAMES = {  # by distribution mode
     "exploration": [game for game in RETURN_RANGE if game in EXPLORATION_LEVEL_SEEDS],
 }
 NUM_ACTIONS = 15
+RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE, NUM_RESTARTS = (  # torchrun sets them
+    int(os.environ.get(name, default)) for name, default in
+    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items())
+STUCK_AFTER = 60  # seconds without an answer from environments
 
 
 @dataclass
@@ -68,7 +74,9 @@ class TrainingArgs:
     exp_name: str = Path(__file__).stem
     """first part of the run's name; the run's folder is runs/NAME"""
     seed: int = 1
-    """seed of weights, levels and actions (asynchronous threads still make runs differ)"""
+    """seed of weights, levels and actions (asynchronous threads still make runs differ, but for --deterministic)"""
+    deterministic: bool = False
+    """actors and learner take turns: slower, but two runs with one seed are the same, bit for bit"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
     bf16: bool | None = None
@@ -87,6 +95,10 @@ class TrainingArgs:
     """seconds between two status lines and entries in TensorBoard"""
     save_interval: float = 300.0
     """seconds between two checkpoints"""
+    save_extra_checkpoint: int | None = None
+    """keep the checkpoint at this step too"""
+    profile: bool = False
+    """write a trace of ten updates to the run's folder, for TensorBoard, chrome://tracing or ui.perfetto.dev"""
 
     multi_env: int | None = None
     """train on the first so many games at once (None: 6, unless --env names one)"""
@@ -102,6 +114,12 @@ class TrainingArgs:
     """actor threads (None: by the number of cores)"""
     num_envs: int | None = None
     """environments of each actor, a multiple of the number of games (None: about 96 on a GPU, 24 on a CPU)"""
+    valid_num_levels: int = 0
+    """levels of each game to validate on while training (0: no validation)"""
+    valid_start_level: int = 500
+    """the first of these levels"""
+    valid_distribution_mode: str | None = None
+    """their distribution mode (None: that of the training)"""
 
     total_steps: int = 300_000_000
     """environment steps (frames) to learn from, and over which the learning rate falls to zero"""
@@ -160,8 +178,9 @@ class Encoder(nn.Module):
         if not frames.is_cuda and len(frames) > 256:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(256)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0
-            return F.relu(self.fc(F.relu(self.cnn(x)).flatten(1))).float()
+            x, first = F.pad(frames, (0, 5)).permute(0, 3, 1, 2).to(self.dtype) / 255.0, self.cnn[0]
+            x = F.conv2d(x, F.pad(first.weight, (0, 0, 0, 0, 0, 5)), first.bias, padding=1)  # tensor cores need 8 channels
+            return F.relu(self.fc(F.relu(self.cnn[1:](x)).flatten(1))).float()
 
 
 # ======================================== model: what the scripts differ in ========================================
@@ -255,6 +274,12 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     vs = values + torch.stack(corrections[::-1])
     next_vs = torch.cat([vs[1:], bootstrap_value.unsqueeze(0)])
     return vs, rhos * (rewards + discounts * next_vs - values)
+
+
+def num_cores():
+    """Cores for this process: its share, where torchrun started several on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // NUM_PROCESSES_HERE)
 
 
 def make_envs(args, games, num, seed, num_threads=0):
@@ -375,7 +400,9 @@ class Actor(threading.Thread):
         super().__init__(name=f"actor {index}", daemon=True)
         self.args, self.games, self.weights, self.episodes = args, games, weights, episodes
         self.free, self.full, self.stop = free, full, stop
-        self.envs = make_envs(args, games, args.num_envs, seed, num_threads=2 if args.cuda else 0)
+        self.error, self.waiting_since = None, None
+        self.envs = make_envs(args, games, args.num_envs, seed, max(1, min(4, num_cores() // args.num_actors)) * args.cuda)
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.now = Unroll(self.agent, 0, args.num_envs)  # the current time step, and the state before it
@@ -388,6 +415,7 @@ class Actor(threading.Thread):
             with torch.cuda.stream(self.stream):
                 self.act()
             self.act = capture(self.act, self.stream, self.generator)
+        self.observe()
 
     @torch.no_grad()
     def act(self):
@@ -401,46 +429,98 @@ class Actor(threading.Thread):
 
     def observe(self):
         """Waits for the environments and uploads what they show. Returns reward and done as NumPy arrays (B,)."""
+        self.waiting_since = time.time()
         reward, obs, done = self.envs.observe()
+        self.waiting_since = None
         self.frames.copy_(torch.from_numpy(obs["rgb"]))
         self.now.obs[0].copy_(self.frames, non_blocking=True)
         self.now.reward[0].copy_(torch.from_numpy(reward))
         self.now.done[0].copy_(torch.from_numpy(done))
         return reward, done
 
-    def play(self):
-        """Plays unrolls until it is told to stop, by `stop` or by None in place of an empty unroll."""
-        now, returns, lengths = self.now, np.zeros(self.args.num_envs), np.zeros(self.args.num_envs, dtype=np.int64)
-        self.observe()
-        while (unroll := self.free.get()) is not None:
-            unroll.version = self.weights.fetch(self.agent)
-            for mine, theirs in zip(now.state, unroll.state):
-                theirs.copy_(mine if self.args.carry_state else mine.zero_())
-            for t in range(self.args.unroll_length):
-                if self.stop.is_set():
-                    return
-                unroll.obs[t], unroll.reward[t], unroll.done[t] = now.obs[0], now.reward[0], now.done[0]
-                action, unroll.logits[t] = self.act()
-                unroll.action[t] = action
-                self.action.copy_(action, non_blocking=True)
-                synchronize()
-                self.envs.act(self.action.numpy())
-                reward, done = self.observe()
-                returns += reward
-                lengths += 1
-                for n in np.flatnonzero(done):
-                    self.episodes.add(self.games[n % len(self.games)], returns[n], lengths[n])
-                    returns[n] = lengths[n] = 0
-            unroll.obs[-1], unroll.reward[-1], unroll.done[-1] = now.obs[0], now.reward[0], now.done[0]
+    def play(self, unroll):
+        """Fills the unroll with the next T steps. Returns it, or None if told to stop."""
+        now, unroll.version = self.now, self.weights.fetch(self.agent)
+        for mine, theirs in zip(now.state, unroll.state):
+            theirs.copy_(mine if self.args.carry_state else mine.zero_())
+        for t in range(self.args.unroll_length):
+            if self.stop.is_set():
+                return None
+            unroll.obs[t], unroll.reward[t], unroll.done[t] = now.obs[0], now.reward[0], now.done[0]
+            action, unroll.logits[t] = self.act()
+            unroll.action[t] = action
+            self.action.copy_(action, non_blocking=True)
             synchronize()
-            self.full.put(unroll)
+            self.envs.act(self.action.numpy())
+            reward, done = self.observe()
+            self.returns += reward
+            self.lengths += 1
+            for n in np.flatnonzero(done):
+                self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
+                self.returns[n] = self.lengths[n] = 0
+        unroll.obs[-1], unroll.reward[-1], unroll.done[-1] = now.obs[0], now.reward[0], now.done[0]
+        synchronize()
+        return unroll
 
     def run(self):
         try:
             with torch.cuda.stream(self.stream):
-                self.full.put(self.play())  # None: no more will come
+                while (empty := self.free.get()) is not None and (unroll := self.play(empty)) is not None:
+                    self.full.put(unroll)
         except BaseException as error:
-            self.full.put(error)  # the learner raises it
+            self.error = error
+        finally:
+            self.full.put(None)  # wakes whoever waits: no more will come
+
+
+class Actors:
+    """Actor threads, and the fixed pool of unrolls that passes between them and the learner: it bounds memory and policy lag.
+
+    With --deterministic there are no threads: whoever asks for an unroll lets the next actor play it.
+    """
+
+    def __init__(self, agent, args, games, seed, weights, episodes, spare=1):
+        self.args, self.episodes, self.turn = args, episodes, 0
+        self.free, self.full, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self.actors = [Actor(i, args, games, seed + i, weights, episodes, self.free, self.full, self.stop)
+                       for i in range(args.num_actors)]
+        for _ in range(args.num_actors + spare):
+            self.free.put(Unroll(agent, args.unroll_length, args.num_envs))
+
+    def start(self):
+        synchronize()
+        for actor in self.actors:
+            if not self.args.deterministic:
+                actor.start()
+
+    def get(self):
+        """The next full unroll, or None if the actors were told to stop. Raises what an actor died of."""
+        if self.args.deterministic:
+            actor, self.turn = self.actors[self.turn], (self.turn + 1) % len(self.actors)
+            with torch.cuda.stream(actor.stream):
+                return actor.play(self.free.get())
+        while True:
+            with contextlib.suppress(queue.Empty):
+                unroll = self.full.get(timeout=1)
+                self.check()
+                return unroll
+            self.check()
+
+    def check(self):
+        """Raises the exception that an actor died of, and TimeoutError if its environments do not answer."""
+        for actor in self.actors:
+            if actor.error is not None:
+                raise actor.error
+            if time.time() - (actor.waiting_since or math.inf) > STUCK_AFTER:
+                raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
+
+    def close(self):
+        self.stop.set()
+        for _ in self.actors:
+            self.free.put(None)
+        for actor in self.actors:
+            if actor.is_alive():
+                actor.join(timeout=10)  # a stuck one never ends
 
 
 class Learner:
@@ -465,21 +545,20 @@ class Learner:
             self.optimizer.param_groups[0]["lr"] = self.learning_rate
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
+        self.stop = torch.zeros(1, device=device)  # whether to stop after this update: a mean over all processes too
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
                 self.loss()[0].backward()
-            self.optimizer.zero_grad()
-            self.update = capture(self.update, torch.cuda.current_stream())
+            self.backward = capture(self.backward, torch.cuda.current_stream())
+            self.step = capture(self.step, torch.cuda.current_stream())
 
-    def fill(self, full, free, version):
+    def fill(self, actors, version):
         """Fills the batch with the next unrolls of single environments. Returns their mean policy lag, in updates, or None
         where the actors were told to stop."""
         filled, lag = 0, 0.0
         while filled < self.args.batch_size:
             if self.unroll is None:
-                self.unroll, self.column = full.get(), 0
-                if isinstance(self.unroll, BaseException):
-                    raise self.unroll
+                self.unroll, self.column = actors.get(), 0
                 if self.unroll is None:
                     return None
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
@@ -489,7 +568,7 @@ class Learner:
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
                 synchronize()
-                free.put(self.unroll)
+                actors.free.put(self.unroll)
                 self.unroll = None
         return lag
 
@@ -513,22 +592,50 @@ class Learner:
         sums = torch.stack([policy_loss, baseline_loss, entropy, loss, log_rhos.exp().clamp(max=1.0).sum()])
         return loss, sums.detach() / log_rhos.numel()
 
-    def update(self):
-        """One step of RMSprop on the batch. Returns the STATISTICS."""
+    def backward(self):
+        """The gradient of the loss. Returns the first of the STATISTICS."""
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
+        return statistics
+
+    def step(self):
+        """One step of RMSprop with the clipped gradient. Returns the gradient's norm before."""
         gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
         self.optimizer.step()
-        return torch.cat([statistics, gradient_norm.view(1)])
+        return gradient_norm
+
+    def update(self, stop=False):
+        """One update on the batches of all processes. Returns a tensor: the STATISTICS, and whether a process wants to stop."""
+        self.stop.fill_(stop)
+        statistics = self.backward()
+        if dist.is_initialized():
+            average([*(parameter.grad for parameter in self.agent.parameters()), statistics, self.stop])
+        return torch.cat([statistics, self.step().view(1), self.stop])
 
 
-def save_checkpoint(path, given, agent, learner, episodes, step):
-    """Writes to a temporary file first: whatever happens, `path` is a whole checkpoint."""
-    checkpoint = dict(script=Path(__file__).name, args=to_plain(given), step=step, model=agent.state_dict(),
-                      optimizer=learner.optimizer.state_dict(), episodes=episodes.saved())
-    torch.save(checkpoint, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+@torch.no_grad()
+def average(tensors):
+    """Replaces tensors by their means over all processes, in one transfer."""
+    joint = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(joint)
+    joint /= dist.get_world_size()
+    for tensor, mean in zip(tensors, joint.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view(tensor.shape))
+
+
+def save_checkpoint(path, given, learner, episodes, step, best=None):
+    """Writes to a temporary file first: whatever happens, `path` is a whole checkpoint. Returns whether it could be written."""
+    checkpoint = dict(script=Path(__file__).name, args=to_plain(given), step=step, model=learner.agent.state_dict(),
+                      optimizer=learner.optimizer.state_dict(), episodes=episodes.saved(), best=best)
+    try:
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(path.with_suffix(".tmp"), path)
+    except (OSError, RuntimeError) as error:  # the second is how torch.save passes on some of the first
+        print(f"{path} could not be written: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def load_checkpoint(path, script):
@@ -536,6 +643,8 @@ def load_checkpoint(path, script):
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # checksums, which torch.load does not look at
+            raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own for a damaged file
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
@@ -558,39 +667,58 @@ class Logger:
     """Prints the status line; writes scalars to TensorBoard and, with --track, to Weights & Biases."""
 
     def __init__(self, args, run, step):
+        self.args, self.run, self.wandb = args, run, None
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name, resume="allow",
-                       config=to_plain(args), dir=run, sync_tensorboard=True)
+            try:
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
+                                        resume="allow", config=to_plain(args), dir=run, sync_tensorboard=True)
+            except Exception as error:  # no network, no account: nothing to lose a run over
+                print(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}", flush=True)
         self.writer = SummaryWriter(run, purge_step=step + 1 if step else None)  # drops what lies past the checkpoint
         if step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
-        self.args, self.time, self.step = args, time.time(), step
-        self.sums, self.lag, self.updates = 0.0, 0.0, 0  # since the last status line
+        self.start(step)
 
-    def add(self, statistics, lag):
-        self.sums, self.lag, self.updates = self.sums + statistics, self.lag + lag, self.updates + 1
+    def start(self, step):
+        """Begins a new interval, over which `write` averages."""
+        self.time, self.step, self.sums, self.updates = time.time(), step, 0.0, 0
 
-    def write(self, step, learning_rate, episodes):
-        now = time.time()
-        sps = (step - self.step) / (now - self.time)
-        scalars = dict(zip(Learner.STATISTICS, (self.sums / self.updates).tolist()))
-        scalars |= dict(policy_lag=self.lag / self.updates, learning_rate=learning_rate, SPS=sps)
-        scalars |= episodes.scalars(self.args.distribution_mode)
-        self.time, self.step, self.sums, self.lag, self.updates = now, step, 0.0, 0.0, 0
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-        kind = next((kind for kind in ("normalized_return", "return") if f"{kind}/mean" in scalars), None)
-        mean = f"mean {kind.replace('_', ' ')} {scalars[f'{kind}/mean']:.3f}" if kind else "no episode of each game yet"
+    def add(self, *statistics):
+        self.sums, self.updates = self.sums + np.array(statistics), self.updates + 1
+
+    def write(self, step, learning_rate, episodes, validators):
+        """Logs the interval. Returns the mean return of the validation, normalised where it can be, or None."""
+        sps = (step - self.step) / (time.time() - self.time)
+        scalars = dict(zip((*Learner.STATISTICS, "policy_lag"), self.sums / self.updates))
+        scalars |= dict(learning_rate=learning_rate, SPS=sps) | episodes.scalars(self.args.distribution_mode)
+        mean = next((name for name in ("normalized_return/mean", "return/mean") if name in scalars), None)
+        valid_mean = None
+        if validators:
+            valid = validators.episodes.scalars(validators.args.distribution_mode)
+            scalars |= {f"valid_{name}": value for name, value in valid.items()}
+            if mean in valid:
+                valid_mean, scalars["generalization_gap"] = valid[mean], scalars[mean] - valid[mean]
+        try:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        except OSError as error:  # TensorBoard's writer does not go on after an error
+            print(f"the log could not be written, training goes on: {error}", flush=True)
+            self.writer = SummaryWriter(self.run)
         left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
-        print(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {mean}", flush=True)
+        returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
+        valid = f", validation {valid_mean:.3f}" if valid_mean is not None else ""
+        print(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}{valid}", flush=True)
+        self.start(step)
+        return valid_mean
 
     def close(self):
         self.writer.close()
-        if self.args.track:
-            sys.modules["wandb"].finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def to_plain(args):
@@ -612,6 +740,10 @@ def command_line(default, description):
 def parse_args():
     """The arguments as given, and the checkpoint to go on from, or None."""
     given, checkpoint = command_line(Args(), __doc__), None
+    if NUM_RESTARTS > 0 and given.resume is None:
+        found = Path("runs").glob(f"{given.exp_name}__{given.seed}__*/checkpoint.pt")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        given.resume = newest and newest.parent
     if given.resume is not None:
         checkpoint = load_checkpoint(given.resume / "checkpoint.pt", Path(__file__).name)
         saved = {name: value for name, value in checkpoint["args"].items() if name in vars(given)}
@@ -619,9 +751,15 @@ def parse_args():
     return given, checkpoint
 
 
+def validation_args(args, games):
+    """The arguments of the actor that plays held-out levels."""
+    return replace(args, num_levels=args.valid_num_levels, start_level=args.valid_start_level, num_actors=1,
+                   num_envs=8 * len(games), distribution_mode=args.valid_distribution_mode or args.distribution_mode)
+
+
 def check_numbers(args):
-    from_zero = {"seed", "num_levels", "start_level", "discounting", "alpha", "momentum", "baseline_cost", "entropy_cost",
-                 "learning_rate", "log_interval", "save_interval"}
+    from_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
+                 "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not (value > 0 or value == 0 and name in from_zero) or value >= 2**31:
@@ -631,24 +769,26 @@ def check_numbers(args):
                 raise ValueError(f"--{name} must be at most 1, got {value}")
 
 
-def check_games(games, args):
+def check_games(games, args, valid=""):
     """Raises ValueError unless the engine, which would abort the process, can play these levels of these games."""
-    if args.distribution_mode not in GAMES:
-        raise ValueError(f"--distribution-mode must be one of {', '.join(GAMES)}, got {args.distribution_mode}")
+    mode = args.distribution_mode
+    if mode not in GAMES:
+        raise ValueError(f"--{valid}distribution-mode must be one of {', '.join(GAMES)}, got {mode}")
     for game in games:
-        if game not in GAMES[args.distribution_mode]:
-            raise ValueError(f"--env must be one of {', '.join(GAMES[args.distribution_mode])} in distribution mode "
-                             f"{args.distribution_mode}, got {game}")
+        if game not in GAMES[mode]:
+            raise ValueError(f"--env must be one of {', '.join(GAMES[mode])} in {valid}distribution mode {mode}, got {game}")
     if args.start_level > 0 and args.num_levels == 0:
         raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
     if args.start_level + args.num_levels >= 2**31:
-        raise ValueError(f"--start-level plus --num-levels must be less than {2**31}")
+        raise ValueError(f"--{valid}start-level plus --{valid}num-levels must be less than {2**31}")
 
 
 def check_device(args):
     """Raises ValueError if the GPU that --cuda asks for is not there; decides about bfloat16."""
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda trains on the CPU")
+    if args.cuda and NUM_PROCESSES_HERE > torch.cuda.device_count():
+        raise ValueError(f"--cuda needs a GPU for each of {NUM_PROCESSES_HERE} processes, not {torch.cuda.device_count()}")
     if args.bf16 is None and args.cuda:
         args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif args.bf16 is None:
@@ -674,10 +814,11 @@ def complete(given):
                          f"got {args.multi_env}")
     games = [args.env] if args.env is not None else games[: args.multi_env or 6]
     check_games(games, args)
+    if args.valid_num_levels:
+        check_games(games, validation_args(args, games), "valid-")
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if args.num_actors is None:
-        args.num_actors = max(1, min(8, cores // 2))
+        args.num_actors = max(1, min(8, num_cores() // 2))
     if args.num_envs is None:
         least = max(96 if args.cuda else 24, math.ceil(args.batch_size / args.num_actors))
         args.num_envs = math.ceil(least / len(games)) * len(games)
@@ -692,6 +833,7 @@ def complete(given):
 def make_agent(args, checkpoint):
     """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that cannot be."""
     if args.cuda:
+        torch.cuda.set_device(LOCAL_RANK)
         torch.cuda.set_stream(torch.cuda.Stream())  # this thread's, the learner's: the default stream cannot be captured
     torch.manual_seed(args.seed)
     agent = Agent(args).to("cuda" if args.cuda else "cpu")
@@ -700,66 +842,99 @@ def make_agent(args, checkpoint):
     return agent
 
 
-def train(given, args, games, agent, checkpoint):
-    """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
-    step = checkpoint["step"] if checkpoint else 0
-    seed = (args.seed + step) * 1000  # a resumed run plays on, not again
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    run.mkdir(parents=True, exist_ok=True)
-    parameters = sum(parameter.numel() for parameter in agent.parameters())
-    print(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
-          f"{parameters:,} parameters on {torch.cuda.get_device_name() if args.cuda else 'the CPU'}", flush=True)
-    if args.cuda and args.compile:
-        print("compiling the CNN and capturing CUDA graphs, about a minute", flush=True)
-    learner = Learner(agent, args, checkpoint and checkpoint["optimizer"])
-    episodes, weights = Episodes(games, checkpoint and checkpoint["episodes"]), Weights(agent)
-    free, full, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    actors = [Actor(i, args, games, seed + i, weights, episodes, free, full, stop) for i in range(args.num_actors)]
-    for _ in range(args.num_actors + 1):
-        free.put(Unroll(agent, args.unroll_length, args.num_envs))
-    logger, saved = Logger(args, run, step), time.time()
-
+def stop_at_signals(*events):
+    """SIGINT and SIGTERM set the events; a second one ends the process."""
     def on_signal(number, frame):
         print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
         for either in (signal.SIGINT, signal.SIGTERM):
             signal.signal(either, signal.SIG_DFL)
-        stop.set()
+        for event in events:
+            event.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    synchronize()
-    for actor in actors:
-        actor.start()
+
+
+def train(given, args, games, agent, checkpoint):
+    """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
+    step, best = (checkpoint["step"], checkpoint.get("best")) if checkpoint else (0, None)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not args.deterministic, args.deterministic
+    run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    if RANK == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        parameters = sum(parameter.numel() for parameter in agent.parameters())
+        print(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
+              f"{parameters:,} parameters on {torch.cuda.get_device_name() if args.cuda else 'the CPU'}"
+              f"{f', {NUM_PROCESSES} processes' * (NUM_PROCESSES > 1)}", flush=True)
+        if args.cuda and args.compile:
+            print("compiling the CNN and capturing CUDA graphs, about a minute", flush=True)
+    learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
+    episodes = Episodes(games, checkpoint and checkpoint["episodes"])
+    seed = (args.seed + step) * 1000 + RANK * (args.num_actors + 1)  # a resumed run plays on, not again
+    actors, validators = Actors(agent, args, games, seed, weights, episodes), None
+    if args.valid_num_levels and RANK == 0:
+        valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
+        validators = Actors(agent, valid_args, games, valid_seed, weights, Episodes(games), spare=0)
+        pause = math.ceil(valid_args.num_envs / (0.03 * args.batch_size))  # updates between its unrolls: 3 % of all steps
+    logger, saved, updates, stopping = Logger(args, run, step) if RANK == 0 else None, time.time(), 0, False
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run), use_gzip=True)) if args.profile else None
+    if NUM_PROCESSES > 1:
+        store, rank, size = next(dist.rendezvous("env://"))  # one for all restarts: each needs keys of its own
+        dist.init_process_group("nccl" if args.cuda else "gloo", store=dist.PrefixStore(str(NUM_RESTARTS), store), rank=rank,
+                                world_size=size, timeout=timedelta(minutes=2))
+    stop = threading.Event()
+    stop_at_signals(stop, *([] if dist.is_initialized() else [actors.stop]))
     try:
-        while step < args.total_steps and not stop.is_set():
-            if (lag := learner.fill(full, free, weights.version)) is None:
+        for each in filter(None, (actors, validators, profiler)):
+            each.start()
+        while step < args.total_steps and not stopping:
+            if (lag := learner.fill(actors, weights.version)) is None:
                 break
             learning_rate = args.learning_rate * (1 - step / args.total_steps)
             learner.learning_rate.fill_(learning_rate)
-            logger.add(learner.update(), lag)
+            result = learner.update(stop.is_set())
             weights.publish(agent)
-            step += args.unroll_length * args.batch_size
+            *statistics, stopping = result.tolist()
+            if not all(map(math.isfinite, statistics)):
+                named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))
+                raise FloatingPointError(f"the update after step {step:,} is not finite: {named}")
+            steps = args.unroll_length * args.batch_size * NUM_PROCESSES
+            step, updates = step + steps, updates + 1
+            if profiler:
+                profiler.step()
+            if RANK > 0:
+                continue
+            logger.add(*statistics, lag)
+            if validators and updates % pause == 0 and (args.deterministic or validators.full.qsize()):
+                validators.free.put(validators.get())
             if time.time() - logger.time >= args.log_interval:
-                logger.write(step, learning_rate, episodes)
+                valid_return = logger.write(step, learning_rate, episodes, validators)
+                if valid_return is not None and (best is None or valid_return > best):
+                    best = valid_return
+                    save_checkpoint(run / "best.pt", given, learner, episodes, step, best)
+            if step - steps < (args.save_extra_checkpoint or 0) <= step:
+                save_checkpoint(run / f"checkpoint_{step}.pt", given, learner, episodes, step, best)
             if time.time() - saved >= args.save_interval:
-                save_checkpoint(run / "checkpoint.pt", given, agent, learner, episodes, step)
+                save_checkpoint(run / "checkpoint.pt", given, learner, episodes, step, best)
                 saved = time.time()
-        if logger.updates:
-            logger.write(step, learning_rate, episodes)
+        if logger and logger.updates:
+            logger.write(step, learning_rate, episodes, validators)
     finally:
-        stop.set()
-        for _ in actors:
-            free.put(None)
-        for actor in actors:
-            actor.join()
-        logger.close()
-    save_checkpoint(run / "checkpoint.pt", given, agent, learner, episodes, step)
-    print(f"saved {run / 'checkpoint.pt'} at step {step:,}", flush=True)
+        for each in filter(None, (actors, validators, logger)):
+            each.close()
+        if profiler:
+            profiler.stop()
+    if RANK == 0:
+        if not save_checkpoint(run / "checkpoint.pt", given, learner, episodes, step, best):
+            sys.exit(1)
+        print(f"saved {run / 'checkpoint.pt'} at step {step:,}", flush=True)
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             given, checkpoint = parse_args()
@@ -770,8 +945,13 @@ def main():
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         train(given, args, games, agent, checkpoint)
-    except KeyboardInterrupt:  # before training began: there is nothing to save
-        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped before training began: there is nothing to save", flush=True)
+    except (FloatingPointError, TimeoutError) as error:
+        sys.exit(f"{Path(__file__).name}: stopped, the last checkpoint is kept: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; lower --num-envs or --num-actors (unrolls, inference) "
+                 f"or --batch-size (learner): {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

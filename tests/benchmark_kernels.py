@@ -1,4 +1,5 @@
-"""Times of `srwm_cuda`'s kernels on this machine's GPU, forward and backward, beside the same functions in plain PyTorch.
+"""Times of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the same functions in
+plain PyTorch, and the LSTM script's core as it is compiled there beside the same without torch.compile.
 
     python tests/benchmark_kernels.py
 
@@ -13,6 +14,7 @@ import torch
 from helpers import sr_delta
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import impala_procgen_lstm  # noqa: E402
 import srwm_cuda  # noqa: E402
 
 
@@ -68,13 +70,48 @@ def measure(name, T, B, D, columns):
     def both(functions):
         torch.autograd.grad(run(functions, *tensors, done)[0], tensors, weights)
 
-    ours_forward, ours = milliseconds(forward), milliseconds(lambda: both(srwm_cuda))
-    line = f"{name:10} {T:5} {B:5} {D:3} {columns:4} {ours_forward:9.3f} {ours:9.3f} "
-    line += f"{1000 * ours_forward / T:9.2f} {1000 * ours / T:9.2f}"
-    if T <= 51:
-        theirs = milliseconds(lambda: both(srwm_cuda.reference), repeats=5)
-        line += f" {theirs:10.2f} {theirs / ours:8.0f}x"
-    print(line, flush=True)
+    print_times(name, T, B, D, columns, milliseconds(forward), milliseconds(lambda: both(srwm_cuda)),
+                milliseconds(lambda: both(srwm_cuda.reference), repeats=5) if T <= 51 else None)
+
+
+class Features(torch.nn.Module):
+    """Stands where the CNN was: its features are given."""
+
+    def __init__(self, T, B):
+        super().__init__()
+        self.features = torch.nn.Parameter(torch.rand(T * B, 256, device="cuda"))
+
+    def forward(self, frames):
+        return self.features
+
+
+def measure_lstm(T, B):
+    frames = torch.zeros(T, B, 1, device="cuda")
+    reward, done = torch.randn(T, B, device="cuda"), torch.rand(T, B, device="cuda") < 0.005
+
+    def core(compiled):
+        agent = impala_procgen_lstm.Agent(impala_procgen_lstm.Args(cuda=True, compile=compiled, bf16=True)).cuda()
+        agent.encoder = Features(T, B)
+        state = agent.initial_state(B)
+
+        def forward():
+            with torch.no_grad():
+                return agent(frames, reward, done, state)
+
+        def both():
+            logits, values, _ = agent(frames, reward, done, state)
+            torch.autograd.grad(logits.sum() + values.square().sum(), list(agent.parameters()))
+
+        return forward, both
+
+    (forward, both), (_, plain) = core(True), core(False)
+    print_times("lstm", T, B, 256, "-", milliseconds(forward), milliseconds(both), milliseconds(plain, repeats=5))
+
+
+def print_times(name, T, B, D, columns, forward, both, plain):
+    sizes, times = f"{name:10} {T:5} {B:5} {D:3} {columns:>4}", f"{forward:9.3f} {both:9.3f}"
+    per_step = f"{1000 * forward / T:9.2f} {1000 * both / T:9.2f}"
+    print(sizes, times, per_step, f"{plain:10.2f} {plain / both:8.0f}x" if plain else "", flush=True)
 
 
 if __name__ == "__main__":
@@ -82,6 +119,8 @@ if __name__ == "__main__":
     print("function       T     B   D  Y/V  fwd (ms)  f+b (ms) fwd us/t  f+b us/t  plain (ms)   faster")
     sizes = [(51, 32, 16), (1, 192, 16), (51, 1, 16), (51, 128, 16), (51, 512, 16), (51, 32, 8), (51, 32, 32), (51, 32, 64),
              (200, 32, 16), (1000, 32, 16)]
+    torch.set_float32_matmul_precision("high")
+    measure_lstm(51, 32)
     measure("srwm", 51, 32, 16, 49)
     for name in ("srwm", "delta_rule", "sr_delta"):
         for T, B, D in sizes:

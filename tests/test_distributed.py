@@ -1,0 +1,125 @@
+"""Several processes under torchrun, on the CPU (gloo)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import impala_procgen_srwm as script
+
+ROOT = Path(__file__).parent.parent
+WORDS = "--no-cuda --multi-env 2 --num-actors 1 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
+STEPS = 40  # of an update of two processes
+
+
+def torchrun(folder, script, *words, options=(), **keywords):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.Popen([*launch, ROOT / script, *WORDS, *map(str, words)], cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
+
+
+def checkpoint(folder):
+    (run,) = (folder / "runs").iterdir()
+    return script.load_checkpoint(run / "checkpoint.pt", None)
+
+
+def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
+    """Their weights stay equal, bit for bit, and their first update is that of the mean gradient. One run folder, one log, and
+    steps are counted over both; another number of processes can go on."""
+    process = torchrun(tmp_path, "tests/train_and_dump.py", "--total-steps", 10 * STEPS)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=False) for rank in (0, 1))
+    for moment in ("before", "after", "last"):
+        assert all(torch.equal(first[moment][name], second[moment][name]) for name in first[moment])
+    assert not torch.equal(first["batch"]["obs"], second["batch"]["obs"])
+
+    args = script.Args(cuda=False, bf16=torch_bf16(), unroll_length=5, batch_size=8)
+    agent = script.Agent(args)
+    learner = script.Learner(agent, args)
+    agent.load_state_dict(first["before"])
+    for name in ("obs", "reward", "done", "action", "logits"):
+        getattr(learner.batch, name).copy_(torch.cat([part["batch"][name] for part in (first, second)], dim=1))
+    learner.backward()
+    for parameter in agent.parameters():
+        parameter.grad /= 2
+    learner.step()
+    for name, weight in agent.state_dict().items():
+        change, expected = first["after"][name] - first["before"][name], weight - first["before"][name]
+        assert (change - expected).norm() < 0.02 * expected.norm(), name
+
+    assert checkpoint(tmp_path)["step"] == 10 * STEPS and out.count("saved runs/") == 1
+    assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 11
+    (run,) = (tmp_path / "runs").iterdir()
+    alone = [sys.executable, ROOT / "impala_procgen_srwm.py", "--resume", run, "--total-steps", str(10 * STEPS + 20)]
+    saved = torch.load(run / "checkpoint.pt") | {"script": "impala_procgen_srwm.py"}
+    torch.save(saved, run / "checkpoint.pt")
+    subprocess.run(alone, cwd=tmp_path, check=True, timeout=60)
+    assert checkpoint(tmp_path)["step"] == 10 * STEPS + 20
+
+
+def torch_bf16():
+    args = script.Args(cuda=False)
+    script.check_device(args)
+    return args.bf16
+
+
+def workers(launcher):
+    """The launcher's processes, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = dict(pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair)
+        except (OSError, ValueError):
+            continue
+        if parent == launcher.pid and "RANK" in variables:
+            found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+def wait_for_steps(process, updates=3):
+    for line in process.stdout:
+        if line.startswith("step"):
+            updates -= 1
+        if updates == 0:
+            return
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
+    process = torchrun(tmp_path, "impala_procgen_srwm.py")
+    wait_for_steps(process)
+    begin, processes = time.time(), workers(process)
+    os.kill(processes[1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in out or "Signal 9" in out
+    assert time.time() - begin < 60 and not Path(f"/proc/{processes[0]}").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_torchrun_s_restart_goes_on_from_the_checkpoint(tmp_path):
+    process = torchrun(tmp_path, "impala_procgen_srwm.py", "--save-interval", 0, "--total-steps", 30 * STEPS,
+                       options=["--max-restarts", "1"])
+    wait_for_steps(process, 8)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert checkpoint(tmp_path)["step"] == 30 * STEPS
+    assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 31
+
+
+def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):
+    process = torchrun(tmp_path, "impala_procgen_srwm.py")
+    wait_for_steps(process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=40)
+    assert "saved runs/" in out, out
+    state = checkpoint(tmp_path)
+    assert state["optimizer"]["state"][0]["step"] == state["step"] / STEPS + 1

@@ -1,0 +1,209 @@
+"""Runs that are killed, starved, damaged or unlucky: what is lost, and what is said."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import impala_procgen_srwm as script
+
+SCRIPT = Path(__file__).parent.parent / "impala_procgen_srwm.py"
+TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
+STEPS = 10  # of an update with these
+
+
+def start(folder, *words):
+    words = [sys.executable, SCRIPT, *TINY, *map(str, words)]
+    return subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(process, beginning):
+    """Reads the process's lines until one begins so."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.communicate())
+
+
+def read(path):
+    return script.load_checkpoint(path, SCRIPT.name)
+
+
+def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_checkpoint(tmp_path):
+    """Twenty kills: the checkpoint is always whole and never older than before; curve, schedule and optimizer have no seam."""
+    rng, resume, steps, signals = random.Random(0), [], [0], [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+    for kill in range(20):
+        process = start(tmp_path, "--total-steps", 1_000_000, "--save-interval", rng.choice([0, 0.1]), *resume)
+        assert process.stdout.readline().startswith("runs/"), process.communicate()[1]
+        (run,) = (tmp_path / "runs").iterdir()
+        if kill % 5 != 4:  # every fifth may be killed before it trains
+            wait_for(process, "step")
+        while kill == 0 and not (run / "checkpoint.pt").exists():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1))
+        number, begin = signals[kill % 4], time.time()
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+        assert time.time() - begin < 10 and error == "", error
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        checkpoint = read(run / "checkpoint.pt")
+        assert checkpoint["step"] >= steps[-1]
+        assert checkpoint["optimizer"]["state"][0]["step"] == checkpoint["step"] / STEPS + 1
+        steps.append(checkpoint["step"])
+        resume = ["--resume", run]
+    assert len(set(steps)) > 10 and len(list((tmp_path / "runs").iterdir())) == 1
+    last = start(tmp_path, "--total-steps", steps[-1] + STEPS, *resume)
+    assert last.communicate(timeout=60)[1] == "" and last.returncode == 0
+    log = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    log.Reload()
+    events = log.Scalars("learning_rate")
+    assert [event.step for event in events] == list(range(STEPS, steps[-1] + STEPS + 1, STEPS))
+    for event in events[:-1]:
+        assert event.value == pytest.approx(6e-4 * (1 - (event.step - STEPS) / 1_000_000), rel=1e-5)
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    process = start(tmp_path, "--num-envs", 64, "--batch-size", 64, "--unroll-length", 50)  # an update takes seconds
+    wait_for(process, "step")
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "SIGINT: saving and stopping")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=3) == -signal.SIGINT
+
+
+def test_a_full_disk_at_checkpoint_time_does_not_end_training(train, command, capsys):
+    run = train("--total-steps", 20)
+    (run / "checkpoint.tmp").symlink_to("/dev/full")  # to which nothing can be written
+
+    def free_space():
+        while (run / "checkpoint.tmp").is_symlink():
+            if "could not be written" in "".join(told):
+                (run / "checkpoint.tmp").unlink()
+            time.sleep(0.01)
+
+    told, write = [], sys.stderr.write
+    sys.stderr.write = lambda text: (told.append(text), write(text))[1]
+    helper = threading.Thread(target=free_space)
+    helper.start()
+    try:
+        command(script, "--resume", run, "--total-steps", 2000, "--save-interval", 0)
+    finally:
+        sys.stderr.write = write
+        helper.join(timeout=10)
+    assert "checkpoint.pt could not be written: [Errno 28] No space left on device" in "".join(told)
+    assert read(run / "checkpoint.pt")["step"] == 2000
+
+
+def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, command, capsys):
+    run = train("--total-steps", 20)
+    (run / "checkpoint.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        command(script, "--resume", run, "--total-steps", 40)
+    assert end.value.code == 1 and "No space left on device" in capsys.readouterr().err
+    assert read(run / "checkpoint.pt")["step"] == 20
+
+
+def test_an_update_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, command):
+    run = train("--total-steps", 20)
+    with pytest.raises(SystemExit, match="the last checkpoint is kept: the update after step .* is not finite: .*loss/policy"):
+        command(script, "--resume", run, "--total-steps", 2000, "--learning-rate", 1e9, "--save-interval", 0)
+    checkpoint = read(run / "checkpoint.pt")
+    assert all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
+
+
+def test_stuck_environments_end_the_run(train, monkeypatch):
+    make_envs, calls, forever = script.make_envs, [], threading.Event()
+
+    def make_stuck_envs(*arguments, **options):
+        envs = make_envs(*arguments, **options)
+        observe = envs.observe
+
+        def get_stuck():
+            calls.append(1)
+            if len(calls) == 30:
+                forever.wait()
+            return observe()
+
+        envs.observe = get_stuck
+        return envs
+
+    monkeypatch.setattr(script, "make_envs", make_stuck_envs)
+    monkeypatch.setattr(script, "STUCK_AFTER", 1)
+    begin = time.time()
+    with pytest.raises(SystemExit, match=r"actor \d: its environments have not answered for 1 seconds"):
+        train("--total-steps", 1_000_000)
+    assert time.time() - begin < 40
+    forever.set()
+
+
+def test_memory_that_is_too_small_is_explained(train, monkeypatch):
+    def no_memory(learner):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(script.Learner, "backward", no_memory)
+    with pytest.raises(SystemExit, match="lower --num-envs or --num-actors .* or --batch-size .*Tried to allocate 2.00 GiB"):
+        train("--total-steps", 100)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_too_small_is_explained(command):
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 200e6) / total)
+    try:
+        with pytest.raises(SystemExit, match="lower --num-envs or --num-actors .* or --batch-size"):
+            command(script, *"--cuda --no-compile --num-actors 1 --num-envs 96 --batch-size 96".split())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_weights_and_biases_out_of_reach_does_not_end_training(tmp_path):
+    environment = os.environ | dict(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="5")
+    words = [sys.executable, SCRIPT, *TINY, "--total-steps", "40", "--track"]
+    end = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, env=environment, timeout=120)
+    assert end.returncode == 0, end.stderr
+    assert "training goes on without Weights & Biases" in end.stdout and "checkpoint.pt at step 40" in end.stdout
+
+
+def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(train, tmp_path):
+    run = train("--total-steps", 20)
+    whole, exact = bytearray((run / "checkpoint.pt").read_bytes()), read(run / "checkpoint.pt")
+    rng, refused = random.Random(0), 0
+    for flip in range(60):
+        position, bit = rng.randrange(len(whole) if flip % 2 else 2000), 1 << rng.randrange(8)
+        whole[position] ^= bit
+        (tmp_path / "flipped.pt").write_bytes(whole)
+        whole[position] ^= bit
+        try:
+            checkpoint = read(tmp_path / "flipped.pt")
+        except ValueError as error:
+            assert "is not a whole checkpoint" in str(error)
+            refused += 1
+        else:
+            assert checkpoint["step"] == exact["step"] and checkpoint["args"] == exact["args"]
+            assert all(torch.equal(checkpoint["model"][name], exact["model"][name]) for name in exact["model"])
+    assert refused > 50
+
+
+@pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_two_deterministic_runs_are_the_same_bit_for_bit(cuda, tmp_path):
+    """In processes of their own; another seed gives another run."""
+    words = "--multi-env 2 --num-actors 2 --num-envs 12 --unroll-length 10 --batch-size 8 --total-steps 1600".split()
+    models = []
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+        options = ["--deterministic", "--seed", str(seed), "--exp-name", name, "--cuda" if cuda else "--no-cuda"]
+        subprocess.run([sys.executable, SCRIPT, *words, *options], cwd=tmp_path, check=True, timeout=300)
+        (run,) = (tmp_path / "runs").glob(f"{name}__*")
+        checkpoint = read(run / "checkpoint.pt")
+        assert checkpoint["optimizer"]["state"][0]["step"] == 21  # 20 updates, and one for making it
+        models.append(checkpoint["model"])
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not all(torch.equal(models[0][name], models[2][name]) for name in models[0])
