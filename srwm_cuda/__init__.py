@@ -113,7 +113,8 @@ class _SRWM(torch.autograd.Function):
         if grad_enabled and any(ctx.needs_input_grad):
             saved = x.new_empty(T, B, H, 2 * D + 4), x.new_empty(T, B, H, columns), done.new_empty(T, B, dtype=torch.int32)
         _launch(_kernels().srwm_forward, *sizes, x, W, state, done, y, new_state, *saved)
-        ctx.save_for_backward(x, W, state, *saved)
+        ctx.save_for_backward(x, W, state, new_state, *saved)
+        ctx.set_materialize_grads(False)
         ctx.sizes, ctx.bptt_length = sizes, bptt_length
         return y, new_state
 
@@ -121,9 +122,11 @@ class _SRWM(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y, grad_new_state):
         x, W, state, *saved = ctx.saved_tensors
+        grad_y = x.new_zeros(*x.shape[:3], ctx.sizes[-1]) if grad_y is None else grad_y.contiguous()
+        grad_new_state = None if grad_new_state is None else grad_new_state.contiguous()  # None, as in training: zeros
         grad_x, grad_W, grad_state = torch.empty_like(x), torch.empty_like(state), torch.empty_like(state)
-        _launch(_kernels().srwm_backward, *ctx.sizes, ctx.bptt_length, x, W, state, *saved,
-                grad_y.contiguous(), grad_new_state.contiguous(), grad_x, grad_W, grad_state)
+        _launch(_kernels().srwm_backward, *ctx.sizes, ctx.bptt_length, x, W, state, *saved, grad_y, grad_new_state,
+                grad_x, grad_W, grad_state)
         return grad_x, grad_W.sum(0), grad_state, None, None, None  # each environment its own part of grad_W: no atomics
 
 

@@ -10,8 +10,8 @@
 int srwm_forward(int T, int B, int H, int D, int Y, const float* x, const float* W0, const float* state, const bool* done,
                  float* y, float* new_state, float* qkb, float* d, int* episode, cudaStream_t stream);
 int srwm_backward(int T, int B, int H, int D, int Y, int bptt_length, const float* x, const float* W0, const float* state,
-                  const float* qkb, const float* d, const int* episode, const float* dy, const float* dnew, float* dx,
-                  float* dW, float* dstate, cudaStream_t stream);
+                  const float* new_state, const float* qkb, const float* d, const int* episode, const float* dy,
+                  const float* dnew, float* dx, float* dW, float* dstate, cudaStream_t stream);
 int srwm_backward_shared_memory(int D, int C);
 
 int delta_rule_forward(int T, int B, int H, int D, int V, const float* q, const float* k, const float* v, const float* beta,
@@ -47,9 +47,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     check(srwm_forward(T, B, H, D, Y, x, W0, state, done, y, new_state, qkb, d, episode, stream));
   });
   m.def("srwm_backward", [](int T, int B, int H, int D, int Y, int bptt_length, Address x, Address W0, Address state,
-                            Address qkb, Address d, Address episode, Address dy, Address dnew, Address dx, Address dW,
-                            Address dstate, Address stream) {
-    check(srwm_backward(T, B, H, D, Y, bptt_length, x, W0, state, qkb, d, episode, dy, dnew, dx, dW, dstate, stream));
+                            Address new_state, Address qkb, Address d, Address episode, Address dy, Address dnew, Address dx,
+                            Address dW, Address dstate, Address stream) {
+    check(srwm_backward(T, B, H, D, Y, bptt_length, x, W0, state, new_state, qkb, d, episode, dy, dnew, dx, dW, dstate,
+                        stream));
   });
   m.def("srwm_backward_shared_memory", &srwm_backward_shared_memory);
 

@@ -1,6 +1,8 @@
-// What the kernels share: sums over short vectors in shared memory and over neighbouring threads, and how matrices lie there.
+// What the kernels share: sums over short vectors and over neighbouring threads, copies to shared memory, and how
+// matrices lie there.
 
 #pragma once
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 constexpr int MAX_COLUMNS = 512;  // of a matrix: a thread each, of at most 128 registers
@@ -14,6 +16,12 @@ __device__ float dot(const Vector& a, const float* b) {
 #pragma unroll
   for (int i = 0; i < N; ++i) part[i % 4] += a[i] * b[i];
   return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Four numbers from shared memory at once, 16-byte aligned.
+__device__ inline void load4(float* to, const float* from) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
 
 template <int N>
@@ -40,18 +48,22 @@ __device__ float sum_over_lanes(float value) {
   return value;
 }
 
+// Starts a copy of one number from global to shared memory, which __pipeline_wait_prior waits for.
+template <typename Number>
+__device__ void copy_async(Number* to, const Number* from) { __pipeline_memcpy_async(to, from, sizeof(Number)); }
+
 __host__ __device__ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Floats in a row of a matrix in shared memory whose LANES threads read `width` neighbouring floats at once: an odd multiple
 // of it, so that the rows that are read together lie in different banks.
 __host__ __device__ inline int row_stride(int columns, int width) { return round_up(columns - width, 2 * width) + width; }
 
-// Launches the kernel for a head size that is known only now.
-#define FOR_D(D_RUNTIME, LAUNCH) \
-  switch (D_RUNTIME) {           \
-    case 8: LAUNCH(8);           \
-    case 16: LAUNCH(16);         \
-    case 32: LAUNCH(32);         \
-    case 64: LAUNCH(64);         \
+// LAUNCH, which returns, for a head size that is known only now.
+#define FOR_D(D_RUNTIME, LAUNCH)           \
+  switch (D_RUNTIME) {                     \
+    case 8: LAUNCH(8);                     \
+    case 16: LAUNCH(16);                   \
+    case 32: LAUNCH(32);                   \
+    case 64: LAUNCH(64);                   \
     default: return cudaErrorInvalidValue; \
   }

@@ -10,263 +10,385 @@
 
 #include "common.cuh"
 
+#include <type_traits>
+
 namespace {
+
+constexpr int AHEAD = 4;  // steps for which there is room in shared memory: the one at hand, and those on their way there
 
 struct Shape {
   int T, B, H, Y, C;
   int bptt_length;  // 0: gradients flow through the whole unroll
 };
 
-// Which of the groups [y | q | k | beta], 0 to 3, column c belongs to, and where group g begins (g = 4: where all end).
-template <int D>
-__device__ int group_of(int c, int Y) { return (c >= Y) + (c >= Y + D) + (c >= Y + 2 * D); }
-template <int D>
-__device__ int group_begin(int g, const Shape& s) { return g == 0 ? 0 : g == 4 ? s.C : s.Y + (g - 1) * D; }
+// A thread's piece of W, which it keeps for all T steps: ROWS rows of column c, from `row` on. The PARTS threads of a
+// column belong to one warp; neighbouring threads hold neighbouring columns, of which a warp has LANES.
+template <int D, int PARTS>
+struct Piece {
+  static constexpr int ROWS = D / PARTS, LANES = 32 / PARTS;
+  int c, row;
+  int group;   // of [y | q | k | beta], 0 to 3
+  int offset;  // of the column within [q | k | beta]
+  bool is_column, is_first;  // false for threads beyond the last column; first: of the column's threads
 
-// Thread c keeps column c of W in registers for all T steps. There are two barriers in a step, after the logits and after
-// the exponentials; each thread then normalises the softmaxes for itself.
-template <int D>
-__global__ void __launch_bounds__(MAX_COLUMNS) srwm_forward_kernel(Shape s,
+  __device__ explicit Piece(const Shape& s) {
+    c = threadIdx.x / 32 * LANES + threadIdx.x % LANES;
+    row = threadIdx.x % 32 / LANES * ROWS;
+    group = (c >= s.Y) + (c >= s.Y + D) + (c >= s.Y + 2 * D);
+    offset = c - s.Y;
+    is_column = c < s.C;
+    is_first = is_column && row == 0;
+  }
+  // The sum over a column, by its threads; all of them get it.
+  __device__ static float sum_of_column(float part) {
+#pragma unroll
+    for (int mask = 16; mask >= LANES; mask /= 2) part += __shfl_xor_sync(0xffffffff, part, mask);
+    return part;
+  }
+};
+
+template <int D, int PARTS>
+__global__ void __launch_bounds__(MAX_COLUMNS * PARTS) srwm_forward_kernel(Shape s,
                                     const float* __restrict__ x,      // (T, B, H, D)
                                     const float* __restrict__ W0,     // (H, D, C)
                                     const float* __restrict__ state,  // (B, H, D, C)
                                     const bool* __restrict__ done,    // (T, B)
                                     float* __restrict__ y,            // (T, B, H, Y)
                                     float* __restrict__ new_state,    // (B, H, D, C)
-                                    float* __restrict__ qkb,          // (T, B, H, 2D + 4)  [q | k | beta]  } for the backward
-                                    float* __restrict__ d,            // (T, B, H, C)                        } pass, or null
+                                    float* __restrict__ qkb,          // (T, B, H, 2D + 4)  [q | k | beta]  } for backward,
+                                    float* __restrict__ d,            // (T, B, H, C)                        } or null
                                     int* __restrict__ episode)        // (T, B)  step at which step t's episode began, or -1
 {
-  __shared__ __align__(16) float x_now[2][D];       // of step t, and of step t + 1 on its way
-  __shared__ __align__(16) float logits[2 * D];     // of q and k
-  __shared__ __align__(16) float exps[2 * D + 4];   // exp(logits - maximum), and beta
+  constexpr int ROWS = D / PARTS;
+  __shared__ __align__(16) float xs[AHEAD][D];
+  __shared__ __align__(16) float logits[2 * D];    // of q and k
+  __shared__ __align__(16) float exps[2 * D + 4];  // exp(logits - maximum), and beta
 
-  const int c = threadIdx.x, b = blockIdx.x / s.H, h = blockIdx.x % s.H;
-  const int group = group_of<D>(c, s.Y), offset = c - s.Y;  // offset: within [q | k | beta]
-  const bool is_column = c < s.C;
-  const float* W0_column = W0 + (size_t)h * D * s.C + c;
-  const size_t column = (size_t)blockIdx.x * D * s.C + c;  // of (B, H, D, C), row 0
+  const Piece<D, PARTS> my(s);
+  const int b = blockIdx.x / s.H, h = blockIdx.x % s.H;
+  const size_t piece = ((size_t)blockIdx.x * D + my.row) * s.C + my.c;  // of (B, H, D, C)
+  const float* my_W0 = W0 + ((size_t)h * D + my.row) * s.C + my.c;
 
-  float w[D];
+  auto fetch = [&](int t) {
+    if (t < s.T && threadIdx.x < D)
+      copy_async(&xs[t % AHEAD][threadIdx.x], x + ((size_t)t * gridDim.x + blockIdx.x) * D + threadIdx.x);
+    __pipeline_commit();
+  };
+  for (int t = 0; t < AHEAD; ++t) fetch(t);
+
+  float w[ROWS];
 #pragma unroll
-  for (int i = 0; i < D; ++i) w[i] = is_column ? W0_column[i * s.C] + state[column + i * s.C] : 0.f;
+  for (int i = 0; i < ROWS; ++i) w[i] = my.is_column ? my_W0[i * s.C] + state[piece + i * s.C] : 0.f;
 
   int start = -1;
-  bool done_now = done[b];
-  if (c < D) x_now[0][c] = x[(size_t)blockIdx.x * D + c];
+  unsigned dones = 0;  // of 32 steps, a bit each
+  __pipeline_wait_prior(AHEAD - 1);
   __syncthreads();
 
   for (int t = 0; t < s.T; ++t) {
-    const size_t row = (size_t)t * gridDim.x + blockIdx.x;  // of (T, B, H, ...)
-    if (done_now) {
+    const size_t at = (size_t)t * gridDim.x + blockIdx.x;  // of (T, B, H, ...)
+    if (t % 32 == 0) {
+      const int ahead = t + threadIdx.x % 32;
+      dones = __ballot_sync(0xffffffff, ahead < s.T && done[(size_t)ahead * s.B + b]);
+    }
+    if (dones >> t % 32 & 1) {
       start = t;
 #pragma unroll
-      for (int i = 0; i < D; ++i) w[i] = is_column ? W0_column[i * s.C] : 0.f;
-    }
-    float x_next = 0.f;
-    if (t + 1 < s.T) {
-      done_now = done[(size_t)(t + 1) * s.B + b];
-      if (c < D) x_next = x[(row + gridDim.x) * D + c];
+      for (int i = 0; i < ROWS; ++i) w[i] = my.is_column ? my_W0[i * s.C] : 0.f;
     }
 
-    float out = dot<D>(w, x_now[t & 1]);
-    if (group == 0) y[row * s.Y + c] = out;
-    if (group == 1 || group == 2) logits[offset] = out;
+    float out = my.sum_of_column(dot<ROWS>(w, xs[t % AHEAD] + my.row));
+    if (my.group == 0 && my.is_first) y[at * s.Y + my.c] = out;
+    if ((my.group == 1 || my.group == 2) && my.is_first) logits[my.offset] = out;
     __syncthreads();
 
-    if (group == 1 || group == 2) out = expf(out - maximum<D>(logits + (group - 1) * D));
-    if (group == 3) out = 1.f / (1.f + expf(-out));
-    if (group > 0 && is_column) exps[offset] = out;
-    if (c < D) x_now[(t + 1) & 1][c] = x_next;
+    if (my.group == 1 || my.group == 2) out = expf(out - maximum<D>(logits + (my.group - 1) * D));
+    if (my.group == 3) out = __fdividef(1.f, 1.f + expf(-out));
+    if (my.group > 0 && my.is_first) exps[my.offset] = out;
+    fetch(t + AHEAD);
+    __pipeline_wait_prior(AHEAD - 1);
     __syncthreads();
 
-    const float q_scale = 1.f / sum<D>(exps), k_scale = 1.f / sum<D>(exps + D);
-    float d_c = 0.f;
-    if (D > 16) asm volatile("" ::: "memory");
+    const float* my_q = exps + my.row;
+    const float* my_k = exps + D + my.row;
+    const float q_scale = __fdividef(1.f, my.sum_of_column(sum<ROWS>(my_q)));
+    const float k_scale = __fdividef(1.f, my.sum_of_column(sum<ROWS>(my_k)));
+    const float d_c = q_scale * my.sum_of_column(dot<ROWS>(w, my_q)) - k_scale * my.sum_of_column(dot<ROWS>(w, my_k));
+    const float change = k_scale * exps[2 * D + my.group] * d_c;
+    if (ROWS > 16) __syncwarp();  // keeps the compiler from holding all of k in registers
 #pragma unroll
-    for (int i = 0; i < D; ++i) d_c += (exps[i] * q_scale - exps[D + i] * k_scale) * w[i];
-    const float change = k_scale * exps[2 * D + group] * d_c;
-    if (D > 16) asm volatile("" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < D; ++i) w[i] += exps[D + i] * change;
+    for (int i = 0; i < ROWS; ++i) w[i] += my_k[i] * change;
 
-    if (d != nullptr && is_column) {
-      d[row * s.C + c] = d_c;
-      if (group > 0) qkb[row * (2 * D + 4) + offset] = out * (group == 1 ? q_scale : group == 2 ? k_scale : 1.f);
-      if (c == 0 && h == 0) episode[(size_t)t * s.B + b] = start;
+    if (d != nullptr && my.is_first) {
+      d[at * s.C + my.c] = d_c;
+      if (my.group > 0)
+        qkb[at * (2 * D + 4) + my.offset] = out * (my.group == 1 ? q_scale : my.group == 2 ? k_scale : 1.f);
+      if (my.c == 0 && h == 0) episode[(size_t)t * s.B + b] = start;
     }
   }
 #pragma unroll
-  for (int i = 0; i < D; ++i)
-    if (is_column) new_state[column + i * s.C] = w[i] - W0_column[i * s.C];
+  for (int i = 0; i < ROWS; ++i)
+    if (my.is_column) new_state[piece + i * s.C] = w[i] - my_W0[i * s.C];
 }
 
-// What one thread reads of step t, loaded a step ahead of its use.
-struct Step {
-  float x, dy, qkb, d;
+// Sums each of N values over LANES neighbouring threads, of which each gets N / LANES of the sums: v[j] of thread `lane`
+// becomes the sum of the threads' v[lane * N / LANES + j]. In each round two partners share the sums out between them.
+template <int N, int LANES>
+__device__ __forceinline__ void transposed_sum(float* v) {
+  constexpr int HALF = LANES / 2;
+  const bool upper = threadIdx.x & HALF;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const float kept = upper ? v[N / 2 + i] : v[i], given = upper ? v[i] : v[N / 2 + i];
+    v[i] = kept + __shfl_xor_sync(0xffffffff, given, HALF);
+  }
+  if constexpr (HALF > 1) transposed_sum<N / 2, HALF>(v);
+}
+
+// The sum of one number of each warp's; beyond the last warp there are zeros, so that four can be read at once.
+template <int D>
+__device__ float sum_over_warps(const float* v, int warps) {
+  float total = 0.f;
+#pragma unroll 1
+  for (int i = 0; i < warps; i += 4, v += 16 * D) total += (v[0] + v[4 * D]) + (v[8 * D] + v[12 * D]);
+  return total;
+}
+
+// A thread's rows of W: in registers, or, where there are too many for that, in shared memory.
+template <int ROWS>
+struct InRegisters {
+  float rows[ROWS];
+  __device__ float& operator[](int i) { return rows[i]; }
+  __device__ float operator[](int i) const { return rows[i]; }
+};
+template <int STRIDE>
+struct InShared {
+  float* first;
+  __device__ float& operator[](int i) const { return first[i * STRIDE]; }
 };
 
-// The sum over columns of M[row, c] v[c], by the LANES threads of that row.
-__device__ float row_dot(const float* M_row, const float* v, int lane, int C) {
-  float total = 0.f;
-#pragma unroll 8
-  for (int c = lane; c < C; c += LANES) total += M_row[c] * v[c];
-  return sum_over_lanes<LANES>(total);
+// How the backward kernel is compiled for some number of columns; the fewer threads at most, the more registers each.
+template <int D_, int PARTS_, int THREADS_>
+struct Variant {
+  static constexpr int D = D_, PARTS = PARTS_, THREADS = THREADS_, ROWS = D / PARTS;
+  static constexpr bool W_IN_SHARED = ROWS > 16;
+  // Short of registers: what a step reads more than once is read anew, and sums are taken group by group.
+  static constexpr bool LEAN = ROWS * THREADS >= 16384;
+
+  static int shared_memory(int C) {  // bytes
+    const int sums = 8 * D * round_up((C * PARTS + 31) / 32, 4), w = W_IN_SHARED ? ROWS * THREADS : 0;
+    return sizeof(float) * (sums + AHEAD * round_up(D + 2 * C + 1, 4) + w);
+  }
+};
+
+template <int D, typename Use>
+int with_variant(int C, Use use) {
+  constexpr int PARTS = D > 32 ? 4 : D / 8, FEWER = (PARTS + 1) / 2, MOST = MAX_COLUMNS * FEWER;
+  constexpr int FEW = D > 16 ? 800 : 512, SOME = D > 32 ? 768 : MOST;
+  if (C * PARTS <= FEW) return use(Variant<D, PARTS, FEW>());
+  if (C * FEWER <= SOME) return use(Variant<D, FEWER, SOME>());
+  return use(Variant<D, FEWER, MOST>());
 }
 
-// Walks the unroll backwards, with W as it stood before each step and G, the loss's gradient with respect to it, in shared
-// memory. W is not stored at each step: its last value in an episode is replayed from the saved k, beta and d (rank-one
-// updates, no reductions), and then each update is taken back. Threads work by turns as columns (thread c: all sums over
-// rows) and as rows (LANES threads each: all sums over columns; the four sums for beta are rows D to D + 3).
-template <int D>
-__global__ void __launch_bounds__(MAX_COLUMNS) srwm_backward_kernel(Shape s,
-                                     const float* __restrict__ x,        // (T, B, H, D)
-                                     const float* __restrict__ W0,       // (H, D, C)
-                                     const float* __restrict__ state,    // (B, H, D, C)
-                                     const float* __restrict__ qkb,      // (T, B, H, 2D + 4)
-                                     const float* __restrict__ d,        // (T, B, H, C)
-                                     const int* __restrict__ episode,    // (T, B)
-                                     const float* __restrict__ dy,       // (T, B, H, Y)
-                                     const float* __restrict__ dnew,     // (B, H, D, C)     gradient of new_state
-                                     float* __restrict__ dx,             // (T, B, H, D)
-                                     float* __restrict__ dW,             // (B, H, D, C)     of W0, each environment's part
-                                     float* __restrict__ dstate)         // (B, H, D, C)
+// Walks the unroll backwards, with W as it stood before each step and G, the loss's gradient with respect to it, in
+// registers (W in shared memory, where there are too few). W is not stored at each step: each update is taken back, from
+// the last W on, which is W0 + new_state, or for an episode that ended within the unroll is replayed from the saved k, beta
+// and d.
+//
+// With dd the gradient of d, and dchange = k G that of change = beta d, the sums over columns that a step needs are
+//
+//     dq = W dd      dk = G change - W dd      dbeta = d dchange, within a group      dx = W dlogits
+//
+// each warp over its own, in shuffles; the threads that need a sum add up the warps'. The sum that softmax's derivative
+// takes off, dlogit = q (dq - sum(q dq)), is the same with the columns of W less q W; so too for k. dx is needed by no other
+// step: it is summed along with the next step's, so that there is one barrier in a step.
+//
+// One block on a multiprocessor, said where W is in shared memory: the compiler makes room for two if it can't for one.
+template <typename V>
+__global__ void __launch_bounds__(V::THREADS, V::W_IN_SHARED ? 1 : 0) srwm_backward_kernel(Shape s,
+                                     const float* __restrict__ x,          // (T, B, H, D)
+                                     const float* __restrict__ W0,         // (H, D, C)
+                                     const float* __restrict__ state,      // (B, H, D, C)
+                                     const float* __restrict__ new_state,  // (B, H, D, C)
+                                     const float* __restrict__ qkb,        // (T, B, H, 2D + 4)
+                                     const float* __restrict__ d,          // (T, B, H, C)
+                                     const int* __restrict__ episode,      // (T, B)
+                                     const float* __restrict__ dy,         // (T, B, H, Y)
+                                     const float* __restrict__ dnew,       // (B, H, D, C)  gradient of new_state, or null: 0
+                                     float* __restrict__ dx,               // (T, B, H, D)
+                                     float* __restrict__ dW,               // (B, H, D, C)  of W0, each environment's part
+                                     float* __restrict__ dstate)           // (B, H, D, C)
 {
-  const int stride = row_stride(s.C, LANES);
+  constexpr int D = V::D, PARTS = V::PARTS, ROWS = V::ROWS, HALF = ROWS / 2, LANES = 32 / PARTS;
+  constexpr bool LEAN = V::LEAN;
+  constexpr int AT_ONCE = LEAN ? 1 : 4;  // groups of sums
+  const int warps = round_up(blockDim.x / 32, 4), slot_size = round_up(D + 2 * s.C + 1, 4);
   extern __shared__ __align__(16) float shared[];
-  float* x_now = shared;               // D
-  float* q = x_now + D;                // D
-  float* k = q + D;                    // D
-  float* beta = k + D;                 // 4
-  float* dq = beta + 4;                // D
-  float* dk = dq + D;                  // D
-  float* dbeta = dk + D;               // 4
-  float* change = dbeta + 4;           // C  beta d
-  float* dd = change + stride;         // C
-  float* d_dchange = dd + stride;      // C  d times the gradient of beta d
-  float* dlogits = d_dchange + stride; // C  gradient of x W
-  float* W = dlogits + stride;         // (D, stride)
-  float* G = W + D * stride;           // (D, stride)
+  float* sums = shared;                 // (2, warps, PARTS, 2, 4, HALF)  for [q | k | beta | x], of odd and of even steps
+  float* slots = sums + 8 * warps * D;  // (AHEAD, slot_size)             a step's [x | q | k | beta | d | dy | episode]
 
-  const int c = threadIdx.x, b = blockIdx.x / s.H, h = blockIdx.x % s.H;
-  const int group = group_of<D>(c, s.Y), offset = c - s.Y;
-  const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const bool is_column = c < s.C;
-  const size_t column = (size_t)blockIdx.x * D * s.C + c;
-  const float* W0_column = W0 + (size_t)h * D * s.C + c;
+  const Piece<D, PARTS> my(s);
+  const int b = blockIdx.x / s.H, h = blockIdx.x % s.H;
 
-  auto load = [&](int t) {
-    const size_t at = (size_t)t * gridDim.x + blockIdx.x;
-    Step step = {};
-    if (c < D) step.x = x[at * D + c];
-    if (c < s.Y) step.dy = dy[at * s.Y + c];
-    if (c < 2 * D + 4) step.qkb = qkb[at * (2 * D + 4) + c];
-    if (is_column) step.d = d[at * s.C + c];
-    return step;
-  };
+  // The thread's rows, the upper lanes' with halves swapped: in the first round of the sums, each keeps the first half.
+  int first = my.row + threadIdx.x % LANES / (LANES / 2) * HALF, second = 2 * my.row + HALF - first;
+  auto row = [&](int i) { return i < HALF ? first + i : second + i - HALF; };
+  auto piece = [&](int i) { return ((size_t)blockIdx.x * D + row(i)) * s.C + my.c; };  // of (B, H, D, C)
+  auto W0_piece = [&](int i) { return W0[((size_t)h * D + row(i)) * s.C + my.c]; };
 
-  // Column c of W as it stood after step `last`.
-  auto replay = [&](int last) {
-    const int first = episode[(size_t)last * s.B + b];
-    float w[D];
+  // Which numbers the thread copies into a slot, the next step's first, and how far apart those of two steps are.
+  constexpr int COPIES = PARTS == 1 ? 3 : PARTS == 2 ? 2 : 1;
+  const float* source[COPIES];
+  int stride[COPIES];
 #pragma unroll
-    for (int i = 0; i < D; ++i) w[i] = W0_column[i * s.C] + (first < 0 ? state[column + i * s.C] : 0.f);
-#pragma unroll (D < 64 ? 4 : 1)
-    for (int t = max(first, 0); t <= last; ++t) {
+  for (int n = 0; n < COPIES; ++n) {
+    auto from = [&](const float* array, int size, int i) {
+      source[n] = array + ((size_t)(s.T - 1) * gridDim.x + blockIdx.x) * size + i;
+      stride[n] = gridDim.x * size;
+    };
+    const int i = threadIdx.x + n * blockDim.x;
+    if (i < D) from(x, D, i);
+    else if (i < 3 * D + 4) from(qkb, 2 * D + 4, i - D);
+    else if (i < 3 * D + 4 + s.C) from(d, s.C, i - 3 * D - 4);
+    else if (i < D + 2 * s.C) from(dy, s.Y, i - 3 * D - 4 - s.C);
+    else source[n] = reinterpret_cast<const float*>(episode + (size_t)(s.T - 1) * s.B + b), stride[n] = s.B;
+  }
+  auto slot_of = [&](int t) { return slots + t % unsigned(AHEAD) * slot_size; };
+  auto fetch = [&](int t) {
+#pragma unroll
+    for (int n = 0; n < COPIES; ++n) {
+      const int i = threadIdx.x + n * blockDim.x;
+      if (t >= 0 && i <= D + 2 * s.C) copy_async(slot_of(t) + i, source[n]);
+      source[n] -= stride[n];
+    }
+    __pipeline_commit();
+  };
+  for (int i = 1; i < AHEAD; ++i) fetch(s.T - i);
+
+  float g[ROWS];
+  std::conditional_t<V::W_IN_SHARED, InShared<V::THREADS>, InRegisters<ROWS>> w;
+  if constexpr (V::W_IN_SHARED) w.first = slots + AHEAD * slot_size + threadIdx.x;
+  auto replay = [&](int last) {  // W as it stood after step `last`
+    const int begin = episode[(size_t)last * s.B + b];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) w[i] = W0_piece(i) + (begin < 0 ? state[piece(i)] : 0.f);
+#pragma unroll (ROWS > 16 ? 1 : 4)
+    for (int t = max(begin, 0); t <= last; ++t) {
       const size_t at = (size_t)t * gridDim.x + blockIdx.x;
       const float* qkb_t = qkb + at * (2 * D + 4);
-      const float change_c = qkb_t[2 * D + group] * d[at * s.C + c];
+      const float change = qkb_t[2 * D + my.group] * d[at * s.C + my.c];
 #pragma unroll
-      for (int i = 0; i < D; ++i) w[i] += qkb_t[D + i] * change_c;
+      for (int i = 0; i < ROWS; ++i) w[i] += qkb_t[D + row(i)] * change;
     }
-#pragma unroll
-    for (int i = 0; i < D; ++i) W[i * stride + c] = w[i];
   };
 
-  if (is_column) {
-    replay(s.T - 1);
 #pragma unroll
-    for (int i = 0; i < D; ++i) {
+  for (int i = 0; i < ROWS; ++i) {
+    w[i] = 0.f, g[i] = 0.f;
+    if (my.is_column) {
       // new_state = W - W0: its gradient reaches the recurrence through G, and W0 with the opposite sign.
-      G[i * stride + c] = dnew[column + i * s.C];
-      dW[column + i * s.C] = -dnew[column + i * s.C];
+      w[i] = W0_piece(i) + new_state[piece(i)];
+      if (dnew != nullptr) g[i] = dnew[piece(i)];
+      dW[piece(i)] = -g[i];
     }
   }
+  auto place = [&](int group, int row) { return (row / HALF * 4 + group) * HALF + row % HALF; };  // in a warp's sums
+  const int dlogit_at = place(my.group - 1, my.offset - (my.group - 1) * D), dx_at = place(3, my.c);
+  for (int i = threadIdx.x; i < 8 * warps * D; i += blockDim.x) sums[i] = 0.f;
+  float dx_part[ROWS] = {};
+  float v[AT_ONCE * HALF];  // what is to be summed over the warp's columns, of AT_ONCE groups
+  auto part = [&](int group) { return v + group % AT_ONCE * HALF; };
+  auto sum_up = [&](int t, int group) {  // v, which begins with that group
+    constexpr int N = AT_ONCE * D / 32;
+    const int i = threadIdx.x / (LANES / 2) * 4 * HALF + threadIdx.x % (LANES / 2) * N + group * HALF;
+    float* to = sums + (t & 1) * warps * 4 * D + i;
+    transposed_sum<AT_ONCE * HALF, LANES / 2>(v);
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = v[i];
+  };
+  __pipeline_wait_prior(AHEAD - 2);
+  __syncthreads();
 
-  Step step = load(s.T - 1);
-  for (int t = s.T - 1; t >= 0; --t) {
-    const size_t at = (size_t)t * gridDim.x + blockIdx.x;
-    const int start = episode[(size_t)t * s.B + b];
-    if (c < D) x_now[c] = step.x;
-    if (c < 2 * D + 4) (c < 2 * D ? q[c] : beta[c - 2 * D]) = step.qkb;
-    const float d_c = step.d, dy_c = step.dy;
-    __syncthreads();
+  for (int t = s.T - 1;; --t) {  // down to -1, for dx of step 0
+    const float* slot = slot_of(t);
+    const float beta = slot[3 * D + my.group], d_c = my.is_column ? slot[3 * D + 4 + my.c] : 0.f;
+    const float change = beta * d_c;
+    float q[ROWS], k[ROWS];
+    auto load = [&](float* to, int at) {
+#pragma unroll
+      for (int i = 0; i < ROWS; i += 4) load4(to + i, slot + at + row(i));
+    };
+    load(q, D), load(k, 2 * D);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) w[i] -= k[i] * change;
+    const float dchange = my.sum_of_column(dot<ROWS>(g, k)), qW = my.sum_of_column(dot<ROWS>(w, q));
+    auto both_halves = [](float kept, float given) { return kept + __shfl_xor_sync(0xffffffff, given, LANES / 2); };
+    if (LEAN) __syncwarp();  // here and below: so that the compiler reads anew
+    const float dd = beta * dchange, dq_mean = qW * dd, dk_mean = (2.f * d_c - qW) * dd, d_dchange = d_c * dchange;
 
-    if (t > 0) step = load(t - 1);
-    float dd_c = 0.f;
-    if (is_column) {
-      const float change_c = beta[group] * d_c;
-      float dchange = 0.f;  // k G
-#pragma unroll (D < 16 ? D : 16)
-      for (int i = 0; i < D; ++i) {
-        W[i * stride + c] -= k[i] * change_c;
-        dchange += k[i] * G[i * stride + c];
-      }
-      dd_c = beta[group] * dchange;
-      change[c] = change_c;
-      dd[c] = dd_c;
-      d_dchange[c] = d_c * dchange;
-    }
-    __syncthreads();
-
-    if (row < D) {  // D * LANES threads are whole warps
-      const float dq_row = row_dot(W + row * stride, dd, lane, s.C);
-      const float dk_row = row_dot(G + row * stride, change, lane, s.C) - dq_row;
-      if (lane == 0) dq[row] = dq_row, dk[row] = dk_row;
+#pragma unroll
+    for (int i = 0, j = HALF; i < HALF; ++i, ++j) part(0)[i] = both_halves(w[i] * dd - dq_mean, w[j] * dd - dq_mean);
+    if (LEAN) sum_up(t, 0);
+#pragma unroll
+    for (int i = 0, j = HALF; i < HALF; ++i, ++j)
+      part(1)[i] = both_halves(g[i] * change - (w[i] * dd + dk_mean), g[j] * change - (w[j] * dd + dk_mean));
+    if (LEAN) sum_up(t, 1);
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) part(2)[i] = i < 4 && i == my.group ? d_dchange : 0.f;
+    if (LEAN) sum_up(t, 2);
+    if (LEAN) {
+      __syncwarp();
+      load(q, D), load(k, 2 * D);
     } else {
-      const int g = min(row - D, 3);
-      float total = 0.f;
-      for (int j = group_begin<D>(g, s) + lane; j < group_begin<D>(g + 1, s); j += LANES) total += d_dchange[j];
-      total = sum_over_lanes<LANES>(total);
-      if (lane == 0 && row < D + 4) dbeta[g] = total;
+#pragma unroll
+      for (int i = 0, j = HALF; i < HALF; ++i, ++j) part(3)[i] = both_halves(dx_part[i], dx_part[j]);
     }
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) g[i] += (q[i] - k[i]) * dd;
+    if (!LEAN) sum_up(t, 0);
+    const float* sums_t = sums + (t & 1) * warps * 4 * D;
+    __pipeline_wait_prior(AHEAD - 3);
     __syncthreads();
 
-    if (is_column) {
-      float dlogit = dy_c;
-      if (group == 1 || group == 2) {  // softmax: p (dp - sum(p dp))
-        const float* p = group == 1 ? q : k;
-        const float* dp = group == 1 ? dq : dk;
-        const int j = offset - (group - 1) * D;
-        dlogit = p[j] * (dp[j] - dot<D>(p, dp));
-      }
-      if (group == 3) {
-        const int g = offset - 2 * D;
-        dlogit = beta[g] * (1.f - beta[g]) * dbeta[g];
-      }
-      dlogits[c] = dlogit;
-#pragma unroll (D < 16 ? D : 16)
-      for (int i = 0; i < D; ++i) G[i * stride + c] += (q[i] - k[i]) * dd_c + x_now[i] * dlogit;
-    }
-    __syncthreads();
+    if (t + 1 < s.T && my.c < D && my.row == 0)
+      dx[((size_t)(t + 1) * gridDim.x + blockIdx.x) * D + my.c] = sum_over_warps<D>(sums_t + dx_at, warps);
+    if (t < 0) break;
 
-    if (row < D) {
-      const float dx_row = row_dot(W + row * stride, dlogits, lane, s.C);
-      if (lane == 0) dx[at * D + row] = dx_row;
+    float x_now[ROWS];
+    load(x_now, 0);
+    float dlogit = 0.f;
+    if (my.group == 0) {
+      dlogit = slot[3 * D + 4 + s.C + my.c];
+    } else if (my.is_column) {
+      const float p = slot[D + my.offset];
+      dlogit = sum_over_warps<D>(sums_t + dlogit_at, warps);
+      if (my.group < 3) dlogit *= p;
+      else dlogit = (dlogit + sum_over_warps<D>(sums_t + dlogit_at + 4 * HALF, warps)) * p * (1.f - p);
     }
-    const bool reset = start == t;
-    if (is_column && (t == 0 || reset || (s.bptt_length > 0 && t % s.bptt_length == 0))) {
-#pragma unroll 4
-      for (int i = 0; i < D; ++i) {
-        dW[column + i * s.C] += G[i * stride + c];
-        if (t == 0) dstate[column + i * s.C] = reset ? 0.f : G[i * stride + c];
-        G[i * stride + c] = 0.f;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      g[i] += x_now[i] * dlogit;
+      if (!LEAN) dx_part[i] = w[i] * dlogit;
+    }
+    if (LEAN) {  // the next step's sums are free: all have read those of the step before
+      __syncwarp();
+#pragma unroll
+      for (int i = 0, j = HALF; i < HALF; ++i, ++j) part(3)[i] = both_halves(w[i] * dlogit, w[j] * dlogit);
+      sum_up(t - 1, 3);
+    }
+
+    const bool reset = __float_as_int(slot[D + 2 * s.C]) == t;
+    if (my.is_column && (t == 0 || reset || (s.bptt_length > 0 && t % s.bptt_length == 0))) {
+      if (LEAN) asm volatile("" : "+r"(first), "+r"(second));  // or all rows' addresses are kept, computed before the loop
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        dW[piece(i)] += g[i];
+        if (t == 0) dstate[piece(i)] = reset ? 0.f : g[i];
+        g[i] = 0.f;
       }
+      if (reset && t > 0) replay(t - 1);
     }
-    if (reset && t > 0) {
-      __syncthreads();  // dx still read this episode's W
-      if (is_column) replay(t - 1);
-    }
+    fetch(t + 1 - AHEAD);
   }
 }
 
@@ -279,33 +401,36 @@ int srwm_forward(int T, int B, int H, int D, int Y, const float* x, const float*
                  float* y, float* new_state, float* qkb, float* d, int* episode, cudaStream_t stream) {
   const Shape shape = {T, B, H, Y, Y + 2 * D + 4, 0};
 #define LAUNCH(D)                                                                                                     \
-  srwm_forward_kernel<D><<<B * H, round_up(shape.C, 32), 0, stream>>>(shape, x, W0, state, done, y, new_state, qkb, d, \
-                                                                      episode);                                       \
-  return cudaGetLastError()
+  {                                                                                                                   \
+    constexpr int PARTS = D > 32 ? 2 : 1;                                                                             \
+    srwm_forward_kernel<D, PARTS><<<B * H, round_up(shape.C * PARTS, 32), 0, stream>>>(shape, x, W0, state, done, y,  \
+                                                                                       new_state, qkb, d, episode);   \
+    return cudaGetLastError();                                                                                        \
+  }
   FOR_D(D, LAUNCH)
 #undef LAUNCH
 }
 
 // Bytes of shared memory that a block of the backward kernel needs.
 int srwm_backward_shared_memory(int D, int C) {
-  return sizeof(float) * (5 * D + 8 + (4 + 2 * D) * row_stride(C, LANES));
+#define SHARED_MEMORY(D) return with_variant<D>(C, [&](auto variant) { return variant.shared_memory(C); })
+  FOR_D(D, SHARED_MEMORY)
+#undef SHARED_MEMORY
 }
 
 int srwm_backward(int T, int B, int H, int D, int Y, int bptt_length, const float* x, const float* W0, const float* state,
-                  const float* qkb, const float* d, const int* episode, const float* dy, const float* dnew, float* dx,
-                  float* dW, float* dstate, cudaStream_t stream) {
+                  const float* new_state, const float* qkb, const float* d, const int* episode, const float* dy,
+                  const float* dnew, float* dx, float* dW, float* dstate, cudaStream_t stream) {
   const Shape shape = {T, B, H, Y, Y + 2 * D + 4, bptt_length};
-  const int bytes = srwm_backward_shared_memory(D, shape.C);
-  const int threads = round_up(max(shape.C, (D + 4) * LANES), 32);
-#define LAUNCH(D)                                                                                                  \
-  {                                                                                                                \
-    const cudaError_t error =                                                                                      \
-        cudaFuncSetAttribute(srwm_backward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);         \
-    if (error != cudaSuccess) return error;                                                                        \
-    srwm_backward_kernel<D><<<B * H, threads, bytes, stream>>>(shape, x, W0, state, qkb, d, episode, dy, dnew, dx, \
-                                                               dW, dstate);                                        \
-    return cudaGetLastError();                                                                                     \
-  }
+  auto launch = [&](auto variant) -> int {
+    const auto kernel = srwm_backward_kernel<decltype(variant)>;
+    const int bytes = variant.shared_memory(shape.C), threads = round_up(shape.C * variant.PARTS, 32);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<B * H, threads, bytes, stream>>>(shape, x, W0, state, new_state, qkb, d, episode, dy, dnew, dx, dW, dstate);
+    return cudaGetLastError();
+  };
+#define LAUNCH(D) return with_variant<D>(shape.C, launch)
   FOR_D(D, LAUNCH)
 #undef LAUNCH
 }
