@@ -52,8 +52,8 @@ class Args:
     """run folders or checkpoint files to score (none: the newest runs/*/checkpoint.pt)"""
     checkpoint: Path | None = None
     """the same for a single run"""
-    splits: tuple[str, ...] = ()
-    """train (a run's own training levels), test (1000 1200 1400), paper (both), or first levels (none: --start-level)"""
+    splits: tuple[str, ...] | None = None
+    """train (a run's own training levels), test (1000 1200 1400), paper (both), or first levels (None: --start-level)"""
     start_level: int = 0
     """first level, if --splits names none"""
     num_levels: int = 200
@@ -176,6 +176,8 @@ def prepare(args):
     check_numbers(args)
     if args.num_levels < 1:
         raise ValueError("--num-levels must be positive, got 0")
+    if args.splits == ():
+        raise ValueError("--splits must be train, test, paper or first levels, got none")
     if args.splits and args.start_level:
         raise ValueError("--start-level and --splits exclude each other: --splits takes first levels too")
     if args.checkpoint and args.runs:

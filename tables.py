@@ -6,6 +6,7 @@ The statistics are those of Agarwal et al. 2021, 'Deep reinforcement learning at
 
 import csv
 import io
+import itertools
 import json
 
 import numpy as np
@@ -119,8 +120,11 @@ def cells(rows):
     found = {(row["game"], row["measure"], row["model"], row["split"]): row for row in rows}
     columns = [column for column in COLUMNS if any(row["split"] == column for row in rows)]
     games, aggregated = [["game", "model", "seeds", *columns, "normalized"]], [["all games", "model", "seeds", *columns]]
-    for game, measure, model in dict.fromkeys(key[:3] for key in sorted(found, key=lambda key: key[0] == "all")):
+    names = [dict.fromkeys(row[name] for row in rows) for name in ("game", "measure", "model")]
+    for game, measure, model in itertools.product(*names):
         entry = {column: found.get((game, measure, model, column)) for column in columns}
+        if not any(entry.values()):
+            continue
         seeds = str(next(row["seeds"] for row in entry.values() if row))
         if game == "all":
             aggregated.append([measure, model, seeds, *(cell(row, 3) for row in entry.values())])

@@ -301,6 +301,7 @@ def test_statistics_of_known_returns():
     ("runs missing.pt", "missing.pt: no such file"),
     ("--checkpoint runs --start-level 3 --splits paper", "--start-level and --splits exclude each other"),
     ("--splits dev", "--splits must be train, test, paper or first levels, got dev"),
+    ("--splits", "--splits must be train, test, paper or first levels, got none"),
     ("--splits 0 100", "--splits must not overlap"),
     ("--splits train --distribution-mode exploration --env maze", "exploration"),
     ("--format html", "--format must be one of text, markdown, csv, json, got html"),
