@@ -103,11 +103,10 @@ def import_script(name):
     path = Path(__file__).parent / name
     if Path(name).name != name or path.suffix != ".py" or not path.is_file():
         raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}")
-    if path.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[path.stem]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def choose_splits(args, mode, games, trained, trained_games):
