@@ -1,53 +1,101 @@
-"""Scores a checkpoint: plays each level of a split exactly once per game and reports the mean returns.
+"""Scores checkpoints: plays each level of one or more splits exactly once per game, and prints two tables.
 
-    python evaluate.py --start-level 1000                    newest checkpoint under runs/, levels 1000 to 1199
-    python evaluate.py --checkpoint runs/NAME/checkpoint.pt --env maze heist --no-greedy
+    python evaluate.py runs/A runs/B --splits paper       training levels and the three test splits, all runs in one table
+    python evaluate.py --start-level 1000                 newest checkpoint under runs/, levels 1000 to 1199
+    python evaluate.py runs/A --video out.mp4             the agent playing all its games; also --plot out.png, --probe out.png
 
 The agent is that of the script which the checkpoint names: any impala_procgen_*.py, or your own copy beside this file.
-The paper's splits have 200 levels each: training --start-level 0; tests 1000, 1200 and 1400.
+The paper's splits have 200 levels each: the training levels, and tests that start at 1000, 1200 and 1400.
+
+To be read from top to bottom: arguments, runs, playing, main. Statistics and tables are in tables.py, pictures in pictures.py.
 """
 
+import functools
 import importlib.util
 import json
 import os
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from collections import Counter, deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 from impala_procgen_srwm import (
+    EXPLORATION_LEVEL_SEEDS,
     RETURN_RANGE,
+    ProcgenGym3Env,
+    capture,
     check_games,
     check_numbers,
     command_line,
     load_checkpoint,
     load_weights,
     make_envs,
+    synchronize,
 )
+from tables import FORMATS, summarize, tabulate
+
+SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
+SLOTS = {"cpu": 32, "cuda": 128}  # environments that a thread plays at once: the batch of its agent
+VECTOR = {"cpu": 4, "cuda": 32}  # how many of them play the same game
 
 
 @dataclass
 class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """run folders or checkpoint files to score (none: the newest runs/*/checkpoint.pt)"""
     checkpoint: Path | None = None
-    """the checkpoint to score (None: the newest runs/*/checkpoint.pt)"""
+    """the same for a single run"""
+    splits: tuple[str, ...] | None = None
+    """train (a run's own training levels), test (1000 1200 1400), paper (both), or first levels (None: --start-level)"""
     start_level: int = 0
-    """first level of the split"""
+    """first level, if --splits names none"""
     num_levels: int = 200
-    """levels in the split, each played once per game (exploration has one fixed level)"""
+    """levels in a split, each played once per game (exploration has one fixed level)"""
     distribution_mode: str | None = None
-    """easy, hard, extreme, memory or exploration (None: the checkpoint's own)"""
+    """easy, hard, extreme, memory or exploration (None: the run's own)"""
     env: tuple[str, ...] = ()
-    """games to play (none: the checkpoint's own)"""
+    """games to play (none: the run's own)"""
     greedy: bool = True
     """take the most probable action; --no-greedy samples"""
     seed: int = 1
     """seed of the sampled actions"""
     cuda: bool = torch.cuda.is_available()
     """compute on the GPU"""
+    bf16: bool | None = None
+    """run the CNN in bfloat16, so coarse that another kind of machine plays otherwise (None: on a CPU that computes in it)"""
+    format: str = "text"
+    """of the tables: text, markdown, csv or json"""
+    plot: Path | None = None
+    """draw learning curves and scores into this picture, such as out.png"""
+    video: Path | None = None
+    """instead of scoring, film the agent at its games: out.mp4 or out.gif"""
+    probe: Path | None = None
+    """instead of scoring, draw what the self-referential matrices do in one episode: out.png"""
+
+
+Split = namedtuple("Split", "first count column")  # column of the tables: train, test, or mixed if it has levels of both kinds
+
+
+@dataclass
+class Run:
+    path: Path
+    checkpoint: dict
+    trained: object  # its script's arguments, complete
+    args: object  # the same with the distribution mode to play
+    games: list
+    agent: torch.nn.Module
+    splits: list
+    greedy: bool
+    key: dict  # what it shares with runs of other seeds
+    returns: dict = field(default_factory=dict)  # of each split, (games, levels)
+    model: str = ""
 
 
 def import_script(name):
@@ -61,150 +109,301 @@ def import_script(name):
     return module
 
 
-class Levels:
-    """One environment for each (game, level), stepped by several threads."""
-
-    def __init__(self, pairs, args):
-        def make(pair):
-            game, level = pair
-            return make_envs(replace(args, start_level=level, num_levels=1), [game], num=1, seed=0)
-
-        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.pool = ThreadPoolExecutor(self.threads)
-        self.envs = list(self.pool.map(make, pairs))
-
-    def step(self, actions=None):
-        """Acts, if there are actions, and observes. Returns rewards (B,), frames (B, 64, 64, 3) and dones (B,)."""
-
-        def step_some(first):
-            seen = []
-            for n in range(first, len(self.envs), self.threads):
-                if actions is not None:
-                    self.envs[n].act(actions[n : n + 1])
-                reward, obs, done = self.envs[n].observe()
-                seen.append((n, reward[0], obs["rgb"][0], done[0]))
-            return seen
-
-        seen = sorted(entry for part in self.pool.map(step_some, range(self.threads)) for entry in part)
-        return tuple(np.stack(column) for column in list(zip(*seen))[1:])
-
-    def keep(self, indices):
-        self.envs = [self.envs[n] for n in indices]
+def choose_splits(args, mode, games, trained, trained_games):
+    """The splits that the arguments ask for. Which column of the tables they are for depends on what the run has seen."""
+    begin, end = trained.start_level, trained.start_level + (trained.num_levels or 2**31)
+    if mode == "exploration":
+        if args.splits:
+            raise ValueError("--splits does not go with the distribution mode exploration, which has one fixed level")
+        first_and_count = [(0, 1)]
+    else:
+        words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
+        if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:
+            raise ValueError(f"--splits must be train, test, paper or first levels, got {wrong[0]}")
+        first_and_count = [(begin, min(args.num_levels, end - begin)) if word == "train" else (int(word), args.num_levels)
+                           for word in words]
+    splits, last = [], None
+    for first, count in sorted(set(first_and_count)):
+        if last is not None and first <= last:
+            raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two of them")
+        last = first + count - 1
+        known = mode == trained.distribution_mode and begin < first + count and first < end and set(games) & set(trained_games)
+        inside = known and begin <= first and first + count <= end and set(games) <= set(trained_games)
+        splits.append(Split(first, count, "train" if inside else "mixed" if known else "test"))
+        check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
+    return splits
 
 
-@torch.no_grad()
-def play(agent, args, pairs, greedy, seed, device):
-    """Plays one episode of each (game, level). Returns their returns, in the order of the pairs."""
-    levels, returns = Levels(pairs, args), np.zeros(len(pairs))
-    generator = torch.Generator(device).manual_seed(seed)
-    state, playing, begin, printed = agent.initial_state(len(pairs)), np.arange(len(pairs)), time.time(), 0.0
-    reward, frames, _ = levels.step()
-    done, step = True, 0
-    while len(playing) > 0:
-        if not args.carry_state and step % args.unroll_length == 0:
-            state = tuple(torch.zeros_like(part) for part in state)
-        inputs = (torch.from_numpy(x)[None].to(device) for x in (frames, reward, np.full(len(playing), done)))
-        logits, _, state = agent(*inputs, state)
-        scores = logits[0]
-        if not greedy:  # the first clock to ring is a sample of the softmax
-            scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
-        action = scores.argmax(-1).int().cpu().numpy()
-        reward, frames, ended = levels.step(action)
-        returns[playing] += reward
-        done, step = False, step + 1
-        if ended.any():
-            stay = np.flatnonzero(~ended)
-            levels.keep(stay)
-            playing, reward, frames = playing[stay], reward[stay], frames[stay]
-            state = tuple(part[torch.from_numpy(stay).to(device)] for part in state)
-        if time.time() - printed > 5:
-            printed = time.time()
-            print(f"{len(pairs) - len(playing)} of {len(pairs)} episodes ended, step {step}, {printed - begin:.0f} s",
-                  file=sys.stderr, flush=True)
-    return returns
-
-
-def table(results):
-    """The results as lines of text: a row for each game, and their mean."""
-    def cell(value):
-        return f"{'-' if value is None else format(value, '.3f'):>12}"
-
-    lines = [f"{'game':<12}{'mean return':>12}{'std. error':>12}{'normalized':>12}"]
-    for game, row in (results["games"] | {"mean": results["mean"]}).items():
-        lines.append(f"{game:<12}" + "".join(cell(row.get(key)) for key in ("mean_return", "standard_error", "normalized")))
-    return "\n".join(lines)
-
-
-def summarize(returns, distribution_mode):
-    """Statistics of the returns {game: [one of each level]}, as they go into the JSON file."""
-    games = {}
-    for game, values in returns.items():
-        mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        low, high = RETURN_RANGE[game].get(distribution_mode, (None, None))
-        normalized = None if low is None else (mean - low) / (high - low)
-        games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, returns=values)
-    mean = {key: np.mean([row[key] for row in games.values()]) for key in ("mean_return", "normalized")
-            if None not in [row[key] for row in games.values()]}
-    return dict(games=games, mean=mean)
-
-
-def prepare(args):
-    """What the arguments mean. Returns the checkpoint and its path, the agent, the arguments that it was trained with but with
-    the split to play, and the games. Raises ValueError for what is not allowed."""
-    check_numbers(args)
-    if args.num_levels < 1:
-        raise ValueError("--num-levels must be positive, got 0")
-    path = args.checkpoint
-    if path is None:
-        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise ValueError("--checkpoint is missing, and there is none under runs/")
-        path = found[-1]
-    elif path.is_dir():
-        path = path / "checkpoint.pt"
+def load_run(path, args):
+    """The run of a folder or checkpoint file, ready to be played. Raises ValueError for what is not allowed."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{'--checkpoint' if args.checkpoint else 'runs'} must be folders with a checkpoint.pt, or checkpoint "
+                         f"files; {path}: no such file")
     checkpoint = load_checkpoint(path, script=None)
     script = import_script(checkpoint["script"])
     known = {field.name for field in fields(script.Args)}
     saved = {name: value for name, value in checkpoint["args"].items() if name in known}
-    here = dict(cuda=args.cuda, bf16=None, compile=False, resume=None, num_actors=None, num_envs=None)  # for this machine
-    trained, games = script.complete(script.Args(**saved | here))
-    split = replace(trained, distribution_mode=args.distribution_mode or trained.distribution_mode,
-                    start_level=args.start_level, num_levels=args.num_levels)
-    games = args.env or games
-    check_games(games, split)
-    if split.distribution_mode == "exploration":
-        split.num_levels = 1
-    agent = script.Agent(split).to("cuda" if args.cuda else "cpu")
+    bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
+    here = dict(cuda=args.cuda, bf16=bf16, compile=False, resume=None, num_actors=None, num_envs=None)  # for this machine
+    trained, trained_games = script.complete(script.Args(**saved | here))
+    mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
+    if len(set(games)) < len(games):
+        raise ValueError(f"--env must name each game once, got {' '.join(games)}")
+    splits = choose_splits(args, mode, games, trained, trained_games)
+    agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
     load_weights(agent, checkpoint)
-    make_envs(split, games, len(games), seed=0)  # whatever ails the engine shows here
-    return path, checkpoint, agent, split, games
+    managing = {"exp_name", "seed", "track", "env", "multi_env", *here}
+    shared = {name: value for name, value in vars(trained).items()
+              if name not in managing and not name.startswith(("wandb_", "log_", "save_", "valid_"))}
+    key = dict(script=checkpoint["script"], file=path.name, games=" ".join(trained_games)) | shared
+    return Run(path, checkpoint, trained, replace(trained, distribution_mode=mode), games, agent, splits, args.greedy, key)
 
 
-def evaluate(args, path, checkpoint, agent, split, games):
-    """Plays the split, prints the table and writes the JSON file."""
-    first, count, mode = split.start_level, split.num_levels, split.distribution_mode
-    print(f"{path} ({checkpoint['step']:,} steps), {mode}, levels {first} to {first + count - 1}, "
-          f"{'greedy' if args.greedy else 'sampled'} actions", flush=True)
-    pairs = [(game, first + level) for game in games for level in range(count)]
-    device = torch.device("cuda" if args.cuda else "cpu")
-    returns = play(agent, split, pairs, args.greedy, args.seed, device).reshape(len(games), -1)
-    results = summarize(dict(zip(games, returns.tolist())), mode)
-    results |= dict(run=path.parent.name, step=checkpoint["step"], distribution_mode=mode, start_level=first,
-                    num_levels=count, greedy=args.greedy, seed=args.seed)
-    target = path.with_name(f"evaluation_{mode}_{first}_{count}{'' if args.greedy else '_sampled'}.json")
-    target.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
-    print(f"written to {target}")
+def name_models(runs):
+    """Names each run's model: its script, and in what it differs from the other models of that script."""
+    for run in runs:
+        others = [other.key for other in runs if other.key["script"] == run.key["script"]]
+        differs = [f"{name}={value}" for name, value in run.key.items()
+                   if name != "file" and any(other[name] != value for other in others)]
+        file = [] if run.path.stem == "checkpoint" else [run.path.stem]
+        run.model = " ".join([Path(run.key["script"]).stem.removeprefix("impala_procgen_"), *differs, *file])
+
+
+def prepare(args):
+    """The runs to play. Raises ValueError for whatever is not allowed, before any work is done."""
+    check_numbers(args)
+    if args.num_levels < 1:
+        raise ValueError("--num-levels must be positive, got 0")
+    if args.splits == ():
+        raise ValueError("--splits must be train, test, paper or first levels, got none")
+    if args.splits and args.start_level:
+        raise ValueError("--start-level and --splits exclude each other: --splits takes first levels too")
+    if args.checkpoint and args.runs:
+        raise ValueError("--checkpoint and runs exclude each other: name all of them as runs")
+    if args.format not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {args.format}")
+    if args.plot or args.video or args.probe:
+        pictures = importlib.import_module("pictures")
+        pictures.check(args)
+    paths = [args.checkpoint] if args.checkpoint else list(args.runs)
+    if not paths:
+        paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
+    if not paths:
+        raise ValueError("runs or --checkpoint is missing, and there is no checkpoint under runs/")
+    if len(paths) > 1 and (args.video or args.probe):
+        raise ValueError(f"--{'video' if args.video else 'probe'} shows a single run, got {len(paths)}")
+    runs = [load_run(path, args) for path in paths]
+    for run in runs:
+        if sum(run.path.samefile(other.path) for other in runs) > 1:
+            raise ValueError(f"runs must be named once each, got {run.path} twice")
+        if run.games != runs[0].games or run.args.distribution_mode != runs[0].args.distribution_mode:
+            mine, first = (f"{run.path}: {' '.join(run.games)} ({run.args.distribution_mode})" for run in (run, runs[0]))
+            raise ValueError(f"runs must have the same games and distribution mode, or --env and --distribution-mode must say "
+                             f"which to compare; {first}; {mine}")
+    first = runs[0]
+    make_envs(first.args, first.games, len(first.games), seed=0)  # whatever ails the engine shows here
+    if args.probe:
+        pictures.check_probe(first)
+    name_models(runs)
+    return runs
+
+
+def make_level(args, game, level, num=1, **options):
+    """`num` environments that start at this level of the game, and know no other; the caller steps them."""
+    mode = args.distribution_mode
+    if mode == "exploration":  # by which procgen means one level of the mode hard
+        mode, level = "hard", EXPLORATION_LEVEL_SEEDS[game]
+    options |= dict(distribution_mode=mode, start_level=level, num_levels=1)
+    envs = ProcgenGym3Env(num, game, rand_seed=0, num_threads=0, **options)
+    envs._reuse_arrays = True  # as in make_envs
+    return envs
+
+
+class Policy:
+    """The agent in a fixed number of slots, each of which plays an episode. On CUDA its step is a graph.
+
+    The batch has all slots always, whether they are in use or not. Batches of different sizes are rounded differently,
+    but in batches of one size no row depends on the others: an episode is the same in whatever company it is played.
+    """
+
+    def __init__(self, agent, args, greedy, seed, graph=True):
+        self.agent, self.args, self.greedy, self.seed = agent, args, greedy, seed
+        self.device = next(agent.parameters(), torch.zeros(())).device
+        cuda, B = self.device.type == "cuda", SLOTS[self.device.type]
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+        self.host = (torch.zeros(B, 64, 64, 3, dtype=torch.uint8, pin_memory=cuda), torch.zeros(4, B, pin_memory=cuda))
+        self.inputs = [x.to(self.device) for x in self.host]  # on a CPU, the same tensors
+        self.frames, (self.reward, self.begin, self.reset, self.uniform) = (x.numpy() for x in self.host)
+        self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)
+        self.step, self.random = np.zeros(B, dtype=np.int64), np.zeros((B, 1024), dtype=np.float32)
+        self.initial, self.state = agent.initial_state(B), agent.initial_state(B)
+        self.stream = torch.cuda.Stream() if cuda and graph else None
+        if self.stream:
+            with torch.cuda.stream(self.stream):
+                self.forward()
+            self.forward = capture(self.forward, self.stream)
+
+    def begin_episode(self, slot, game, level):
+        """What is random in an episode depends on its game and level alone."""
+        self.step[slot] = self.reward[slot] = 0
+        if not self.greedy:
+            generator = np.random.default_rng([self.seed, list(RETURN_RANGE).index(game), level])
+            self.random[slot] = generator.random(1024, dtype=np.float32)
+
+    @torch.no_grad()
+    def forward(self):
+        frames, (reward, begin, reset, uniform) = self.inputs
+        state = [torch.where(reset.bool().view(-1, *[1] * (old.ndim - 1)), first, old)
+                 for first, old in zip(self.initial, self.state)]
+        logits, _, state = self.agent(frames[None], reward[None], begin[None].bool(), tuple(state))
+        for old, new in zip(self.state, state):
+            old.copy_(new)
+        if self.greedy:
+            return logits[0].argmax(-1)
+        return (logits[0].softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+    def act(self):
+        """Actions (B,) for `frames` and `reward`, as a NumPy array."""
+        self.begin[:] = self.step == 0
+        self.reset[:] = self.begin if self.args.carry_state else self.step % self.args.unroll_length == 0
+        self.uniform[:] = self.random[np.arange(len(self.step)), self.step % 1024]
+        self.step += 1
+        for mine, theirs in zip(self.inputs, self.host):
+            mine.copy_(theirs, non_blocking=True)
+        self.action.copy_(self.forward(), non_blocking=True)
+        synchronize()
+        return self.action.numpy()
+
+
+class Vector:
+    """Environments that play the levels of one game at a time, in some of a policy's slots: as one ends, the next begins."""
+
+    def __init__(self, policy, slots, todo, returns):
+        self.policy, self.slots, self.todo, self.returns = policy, slots, todo, returns
+        self.playing = np.full(slots.stop - slots.start, -1)  # for which of the returns, or -1
+
+    def begin(self):
+        """Gives free environments a level, and the policy what it sees. Returns whether there is anything to play."""
+        free = np.flatnonzero(self.playing < 0).tolist()
+        if len(free) == len(self.playing):
+            self.game = max(self.todo, key=lambda game: len(self.todo[game]))  # that of which most is left
+            if not self.todo[self.game]:
+                return False
+            self.envs = make_level(self.policy.args, self.game, level=0, num=len(free))
+        for n in free:
+            try:
+                self.playing[n], level = self.todo[self.game].popleft()
+            except IndexError:  # other threads take from it too
+                break
+            state = make_level(self.policy.args, self.game, level).get_state()[0]
+            self.envs.call_c_func("set_state", n, state, len(state))
+            self.policy.begin_episode(self.slots.start + n, self.game, level)
+        self.policy.frames[self.slots] = self.envs.observe()[1]["rgb"]
+        return (self.playing >= 0).any()
+
+    def step(self, actions):
+        """Returns how many episodes went on by a step, and how many of them ended."""
+        self.envs.act(actions[self.slots])
+        reward, _, ended = self.envs.observe()
+        self.policy.reward[self.slots] = reward
+        active = self.playing >= 0
+        self.returns[self.playing[active]] += reward[active]
+        ended = ended & active
+        self.playing[ended] = -1
+        return dict(steps=int(active.sum()), episodes=int(ended.sum()))
+
+
+def play_slots(policy, todo, returns, progress, stop):
+    """Plays what is left to do, {game: (number, level)}, in the slots of a policy; adds up the returns of each number."""
+    torch.set_num_threads(1)  # in this thread; the other cores have threads of their own
+    size = VECTOR[policy.device.type]
+    vectors = [Vector(policy, slice(first, first + size), todo, returns) for first in range(0, len(policy.step), size)]
+    with torch.cuda.stream(policy.stream):
+        while not stop.is_set():
+            busy = [vector for vector in vectors if vector.begin()]
+            if busy:
+                actions = policy.act()
+                for vector in busy:
+                    progress.update(vector.step(actions))
+            elif not any(todo.values()):
+                break
+
+
+def play(agent, args, levels, greedy=True, seed=1, name="playing"):
+    """Plays one episode of each (game, level) of a list. Returns their returns, in its order."""
+    returns, todo = np.zeros(len(levels)), {game: deque() for game, _ in levels}
+    for index, (game, level) in enumerate(levels):
+        todo[game].append((index, level))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = SLOTS[next(agent.parameters(), torch.zeros(())).device.type]
+    policies = [Policy(agent, args, greedy, seed) for _ in range(min(cores, len(todo) + len(levels) // slots))]
+    stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
+    with ThreadPoolExecutor(len(policies)) as pool:
+        try:
+            follow([pool.submit(play_slots, policy, todo, returns, mine, stop) for policy, mine in zip(policies, progress)],
+                   progress, len(levels), name)
+        finally:
+            stop.set()
+    return returns
+
+
+def follow(players, progress, total, name):
+    """Shows on stderr how far the players are: on a terminal in one line, elsewhere in one line every five seconds."""
+    begin, terminal, left = time.time(), sys.stderr.isatty(), players
+    while left:
+        done, left = wait(left, timeout=0.2 if terminal else 5.0)
+        for player in done:
+            player.result()
+        sums, seconds = sum(progress, Counter()), time.time() - begin
+        if left or terminal:
+            line = (f"{name}: {sums['episodes']:,} of {total:,} episodes, {sums['steps'] / seconds:,.0f} steps/s, "
+                    f"{seconds:.0f} s")
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and left else "\n", file=sys.stderr, flush=True)
+
+
+def score(run, args):
+    """Plays all splits of a run's games, and writes a JSON file for each split beside the checkpoint."""
+    levels = [(game, split.first + n) for split in run.splits for game in run.games for n in range(split.count)]
+    returns, written = play(run.agent, run.args, levels, args.greedy, args.seed, str(run.path)), []
+    for split in run.splits:
+        mode, size = run.args.distribution_mode, len(run.games) * split.count
+        run.returns[split], returns = returns[:size].reshape(len(run.games), -1), returns[size:]
+        results = summarize(dict(zip(run.games, run.returns[split].tolist())), mode)
+        results |= dict(run=run.path.parent.name, step=run.checkpoint["step"], distribution_mode=mode, start_level=split.first,
+                        num_levels=split.count, greedy=args.greedy, seed=args.seed, bf16=run.trained.bf16)
+        kind = "evaluation" if run.path.stem == "checkpoint" else f"evaluation_{run.path.stem}"
+        sampled = "" if args.greedy else "_sampled"
+        written.append(run.path.with_name(f"{kind}_{mode}_{split.first}_{split.count}{sampled}.json"))
+        written[-1].write_text(json.dumps(results, indent=1) + "\n")
+    print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
 
 
 def main():
     try:
-        args = command_line(Args(), __doc__)
-        prepared = prepare(args)
-    except ValueError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    evaluate(args, *prepared)
+        try:
+            args = command_line(Args(), __doc__)
+            runs = prepare(args)
+        except ValueError as error:
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if args.plot or args.video or args.probe:
+            import pictures  # with libraries that nothing else needs
+
+            make_policy = functools.partial(Policy, runs[0].agent, runs[0].args, args.greedy, args.seed)
+        if args.video:
+            pictures.film(runs[0], make_policy(), make_level, args.video)
+        if args.probe:
+            pictures.probe(runs[0], make_policy(graph=False), make_level, args.probe)
+        if args.plot or not (args.video or args.probe):
+            for run in runs:
+                score(run, args)
+            rows = tabulate(runs)
+            print(FORMATS[args.format](runs, rows))
+        if args.plot:
+            pictures.plot(runs, rows, args.plot)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

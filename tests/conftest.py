@@ -47,8 +47,15 @@ def train(command, tmp_path):
 
 
 @pytest.fixture
-def score(command):
-    return lambda *words: command(evaluate, "--no-cuda", *words)
+def few_slots(monkeypatch):
+    """Four environments for each thread of evaluate.py, in two vectors: small batches, and levels that have to wait."""
+    monkeypatch.setattr(evaluate, "SLOTS", {"cpu": 4})
+    monkeypatch.setattr(evaluate, "VECTOR", {"cpu": 2})
+
+
+@pytest.fixture
+def score(command, few_slots):
+    return lambda *words: command(evaluate, *words, "--no-cuda")
 
 
 @pytest.fixture

@@ -1,39 +1,62 @@
-"""Evaluation: every level once, the same numbers twice, the right statistics."""
+"""Evaluation: every level once, the same numbers twice, in whatever company, and one line for what is not allowed."""
 
+import csv
 import json
+import sys
+from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate
+import impala_procgen_lstm
 import impala_procgen_srwm as script
+import tables
 
 
 def results(run, name):
     return json.loads((run / name).read_text())
 
 
+# One run
+
+
 def test_a_checkpoint_is_scored_on_its_games_and_twice_alike(train, score, capsys):
     run = train("--total-steps", 20)
     capsys.readouterr()
-    score("--start-level", 1000, "--num-levels", 3)
-    first = (run / "evaluation_easy_1000_3.json").read_bytes()
-    out = capsys.readouterr().out
-    for word in ("bigfish", "fruitbot", "mean return", "std. error", "normalized", "mean "):
+    score("--start-level", 1000, "--num-levels", 2)
+    first, out = (run / "evaluation_easy_1000_2.json").read_bytes(), capsys.readouterr().out
+    for word in ("bigfish", "fruitbot", "test", "all games", "normalized IQM", "levels 1000 to 1001 (test)"):
         assert word in out
-    score("--start-level", 1000, "--num-levels", 3, "--checkpoint", run / "checkpoint.pt")
-    assert (run / "evaluation_easy_1000_3.json").read_bytes() == first
+    score("--start-level", 1000, "--num-levels", 2, "--checkpoint", run.relative_to(Path.cwd()))
+    assert (run / "evaluation_easy_1000_2.json").read_bytes() == first and capsys.readouterr().out == out
     games = json.loads(first)["games"]
-    assert list(games) == ["bigfish", "fruitbot"] and all(len(row["returns"]) == 3 for row in games.values())
+    assert list(games) == ["bigfish", "fruitbot"] and all(len(row["returns"]) == 2 for row in games.values())
+
+
+def test_the_papers_splits_have_a_file_each_and_share_the_tables(train, score, capsys):
+    run = train("--total-steps", 20)
+    capsys.readouterr()
+    score(run, "--splits", "paper", "--num-levels", 1, "--format", "json")
+    found = json.loads(capsys.readouterr().out)
+    train_returns, *tests = ([np.mean(results(run, f"evaluation_easy_{first}_1.json")["games"][game]["returns"])
+                              for game in ("bigfish", "fruitbot")] for first in (0, 1000, 1200, 1400))
+    value = {(row["game"], row["measure"], row["split"]): row["value"] for row in found["entries"]}
+    for i, game in enumerate(("bigfish", "fruitbot")):
+        assert value[game, "return", "train"] == pytest.approx(train_returns[i])
+        assert value[game, "return", "test"] == pytest.approx(np.mean(tests, axis=0)[i])
+        assert value[game, "return", "gap"] == pytest.approx(train_returns[i] - np.mean(tests, axis=0)[i])
 
 
 def test_sampled_actions_and_other_games_and_modes(train, score):
     run = train("--total-steps", 20)
-    score("--no-greedy", "--num-levels", 2, "--env", "maze", "heist", "--distribution-mode", "memory")
+    score("--no-greedy", "--num-levels", 2, "--env", "dodgeball", "caveflyer", "--distribution-mode", "memory")
     found = results(run, "evaluation_memory_0_2_sampled.json")
-    assert list(found["games"]) == ["maze", "heist"] and "normalized" not in found["mean"]
+    assert list(found["games"]) == ["dodgeball", "caveflyer"] and "normalized" not in found["mean"]
 
 
 def test_the_newest_checkpoint_is_taken(train, score, capsys):
@@ -42,6 +65,19 @@ def test_the_newest_checkpoint_is_taken(train, score, capsys):
     capsys.readouterr()
     score("--num-levels", 1)
     assert capsys.readouterr().out.startswith("runs/newer")
+
+
+def test_a_checkpoint_of_other_machines_and_versions_is_scored(train, score):
+    """Given by its folder; with a batch that this machine's default actors could not fill, and an argument long gone."""
+    run = train("--total-steps", 20)
+    checkpoint = torch.load(run / "checkpoint.pt")
+    changes = dict(num_actors=None, num_envs=2, batch_size=500, an_argument_long_gone=1)
+    torch.save(checkpoint | {"args": checkpoint["args"] | changes}, run / "checkpoint.pt")
+    score("--num-levels", 1, "--checkpoint", run)
+    assert (run / "evaluation_easy_0_1.json").exists()
+
+
+# Playing
 
 
 class Clock(torch.nn.Module):
@@ -74,66 +110,218 @@ def play_alone(agent, game, level, reset_every):
         step += 1
 
 
-@pytest.mark.parametrize("agent", [Clock(), script.Agent(script.Args(cuda=False, bf16=False))], ids=["clock", "srwm"])
+LEVELS = [("fruitbot", 1003), ("dodgeball", 3), ("bossfight", 1400), ("fruitbot", 8), ("fruitbot", 9), ("chaser", 0)]
+SRWM = script.Agent(script.Args(cuda=False, bf16=False))
+
+
+@pytest.mark.parametrize("agent", [Clock(), SRWM], ids=["clock", "srwm"])
 @pytest.mark.parametrize("carry_state", [True, False])
-def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state):
+def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level; without carried state, the state is reset every unroll_length steps."""
     args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
-    pairs = [("maze", 3), ("fruitbot", 1003), ("starpilot", 5), ("bigfish", 17)]
-    returns = evaluate.play(agent, args, pairs, greedy=True, seed=1, device=torch.device("cpu"))
-    assert returns.tolist() == [play_alone(agent, *pair, 10**6 if carry_state else 7) for pair in pairs]
+    returns = evaluate.play(agent, args, LEVELS)
+    assert returns.tolist() == [play_alone(agent, *level, 10**6 if carry_state else 7) for level in LEVELS]
 
 
-def test_a_state_that_is_not_carried_changes_what_is_played():
-    args = script.Args(cuda=False, bf16=False, unroll_length=7)
-    pairs = [("fruitbot", level) for level in range(4)]
-    carried, reset = (evaluate.play(Clock(), replace(args, carry_state=carry), pairs, True, 1, torch.device("cpu"))
-                      for carry in (True, False))
+def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
+    args, levels = script.Args(cuda=False, bf16=False, unroll_length=7), [("fruitbot", level) for level in range(4)]
+    carried, reset = (evaluate.play(Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
     assert carried.tolist() != reset.tolist()
 
 
-def test_a_checkpoint_of_other_machines_and_versions_is_scored(train, score):
-    """Given by its folder; with a batch that this machine's default actors could not fill, and an argument long gone."""
-    run = train("--total-steps", 20)
-    checkpoint = torch.load(run / "checkpoint.pt")
-    changes = dict(num_actors=None, num_envs=2, batch_size=500, an_argument_long_gone=1)
-    torch.save(checkpoint | {"args": checkpoint["args"] | changes}, run / "checkpoint.pt")
-    score("--num-levels", 1, "--checkpoint", run)
-    assert (run / "evaluation_easy_0_1.json").exists()
+@pytest.mark.parametrize("greedy, bf16", [(True, True), (False, False)], ids=["greedy, bfloat16", "sampled, float32"])
+def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
+    """Even where rounding or chance decides: batches are of one size, and random numbers belong to game and level."""
+    args = script.Args(cuda=False, bf16=bf16)
+    agent = script.Agent(args)
+    levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1005)]
+    together = evaluate.play(agent, args, levels, greedy)
+    alone = [evaluate.play(agent, args, [level], greedy).item() for level in levels[::4]]
+    assert together[::4].tolist() == alone
 
 
-def test_a_missing_system_library_is_named_with_its_debian_package(train, score, refused, monkeypatch, capsys):
-    train("--total-steps", 20)
+def test_other_seeds_sample_other_actions(few_slots):
+    args, levels = script.Args(cuda=False, bf16=False), [("fruitbot", 8), ("fruitbot", 9)]
+    first, second = (evaluate.play(SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
+    assert first != second
 
-    def no_engine(*args, **options):
-        raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+@pytest.mark.parametrize("mode, seed", [("hard", 1234), ("exploration", script.EXPLORATION_LEVEL_SEEDS["maze"])])
+def test_levels_are_those_of_the_mode(mode, seed):
+    args = script.Args(cuda=False, distribution_mode=mode)
+    assert evaluate.make_level(args, "maze", 1234).get_info()[0]["level_seed"] == seed
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere_for_what_is_quick(terminal, monkeypatch, capsys):
+    player = Future()
+    player.set_result(None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    evaluate.follow([player], [evaluate.Counter(steps=700, episodes=2)], 2, "runs/A")
+    error = capsys.readouterr().err
+    assert ("\rruns/A: 2 of 2 episodes" in error and error.count("\n") == 1) if terminal else error == ""
+
+
+# Splits, models and formats
+
+
+def columns(words, mode="easy", games=("maze",), **trained):
+    args = evaluate.Args(splits=tuple(words.split()), num_levels=trained.pop("count", 200))
+    return evaluate.choose_splits(args, mode, list(games), script.Args(**trained), ["maze", "heist"])
+
+
+def test_the_training_levels_are_a_runs_own():
+    test = [(first, 200, "test") for first in (1000, 1200, 1400)]
+    assert columns("paper") == [(0, 200, "train"), *test] == columns("train test") == columns("0 1000 1200 1400")
+    assert columns("train", num_levels=500) == [(0, 200, "train")]
+    assert columns("train", start_level=8, num_levels=1) == [(8, 1, "train")]
+    assert columns("paper", num_levels=500, count=20)[:2] == [(0, 20, "train"), (1000, 20, "test")]
+
+
+def test_levels_that_were_trained_on_are_no_test():
+    assert {split.column for split in columns("paper", num_levels=0)} == {"train"}
+    assert columns("100") == [(100, 200, "mixed")]
+    assert columns("0", mode="hard") == [(0, 200, "test")]
+    assert columns("0", games=["miner"]) == [(0, 200, "test")]
+    assert columns("0", games=["maze", "miner"]) == [(0, 200, "mixed")]
+
+
+def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, capsys):
+    runs = [train("--total-steps", 20, "--exp-name", name, *words) for name, *words in (
+        ("a", "--seed", 1), ("b", "--seed", 2), ("c", "--seed", 1, "--no-carry-state"))]
+    runs.append(train("--total-steps", 20, script=impala_procgen_lstm))
     capsys.readouterr()
-    refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")
+    score(*runs, "--env", "fruitbot", "--num-levels", 1, "--format", "csv")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {(row["model"], row["seeds"]) for row in rows} == {("srwm carry_state=True", "2"), ("srwm carry_state=False", "1"),
+                                                            ("lstm", "1")}
+    assert {bool(row["std"]) for row in rows if row["seeds"] == "2"} == {True}
+    assert {bool(row["std"]) for row in rows if row["seeds"] == "1"} == {False}
+
+
+def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, score, capsys):
+    run = train("--total-steps", 20)
+    (run / "best.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    capsys.readouterr()
+    score(run, run / "best.pt", "--num-levels", 1, "--format", "markdown")
+    out = capsys.readouterr().out
+    assert "| bigfish | srwm | 1 |" in out and "| bigfish | srwm best | 1 |" in out
+    assert (run / "evaluation_best_easy_0_1.json").exists()
+
+
+# Statistics
+
+
+def known_run(model, returns):
+    """A run of two games, scored on one training and two test splits."""
+    splits = [evaluate.Split(0, 2, "train"), evaluate.Split(1000, 2, "test"), evaluate.Split(1200, 2, "test")]
+    return SimpleNamespace(
+        model=model, games=["maze", "bigfish"], splits=splits, returns=dict(zip(splits, map(np.array, returns))), greedy=True,
+        args=script.Args(), trained=script.Args(), checkpoint={"step": 1000}, path=f"runs/{model}/checkpoint.pt")
+
+
+RUNS = [known_run("srwm", [[[10.0, 10.0], [40.0, 40.0]], [[10.0, 10.0], [1.0, 1.0]], [[5.0, 5.0], [1.0, 1.0]]]),
+        known_run("srwm", [[[10.0, 10.0], [1.0, 1.0]], [[5.0, 5.0], [1.0, 1.0]], [[5.0, 5.0], [1.0, 1.0]]])]
+
+
+def test_the_tables_of_known_returns():
+    """Of two seeds: maze is 1 and 1 on the training levels, (1 + 0) / 2 and 0 on the tests; bigfish 1 and 0, and 0 and 0."""
+    found = {(row["game"], row["measure"], row["split"]): row for row in tables.tabulate(RUNS)}
+    expected = {
+        ("maze", "return", "train"): (10, 0), ("maze", "return", "test"): (6.25, 2.5 / 2**0.5),
+        ("maze", "normalized", "gap"): (0.75, 0.5 / 2**0.5), ("bigfish", "return", "train"): (20.5, 39 / 2**0.5),
+        ("all", "normalized", "train"): (0.75, 0.5 / 2**0.5), ("all", "normalized", "test"): (0.125, 0.25 / 2**0.5),
+        ("all", "normalized", "gap"): (0.625, 0.25 / 2**0.5),
+        ("all", "normalized IQM", "train"): (1.0, 0.5 / 2**0.5),  # the mean of 1 and 1, without the lowest, 0, and another 1
+        ("all", "normalized IQM", "test"): (0.0, 0.25 / 2**0.5),
+    }
+    for key, (value, std) in expected.items():
+        assert (found[key]["value"], found[key]["std"]) == pytest.approx((value, std)), key
+    assert (found["maze", "return", "train"]["low"], found["maze", "return", "train"]["high"]) == (10, 10)
+    assert (found["bigfish", "return", "train"]["low"], found["bigfish", "return", "train"]["high"]) == (1, 40)
+
+
+def test_text_and_markdown_say_the_same():
+    rows = tables.tabulate(RUNS)
+    markdown, text = tables.markdown(RUNS, rows), tables.text(RUNS, rows)
+    assert "| maze | srwm | 2 | 10.00 ± 0.00 [10.00, 10.00] | 6.25 ± 1.77 [5.00, 7.50] | 3.75 ± 1.77 [2.50, 5.00] |" in markdown
+    for line in [line for table in tables.cells(rows) for line in table]:
+        assert f"| {' | '.join(line)} |" in markdown
+        assert any(all(cell in row for cell in line) for row in text.splitlines())
+
+
+# Five seeds of three games. With rliable 1.2.0 and 50,000 samples, get_interval_estimates gives for aggregate_mean 0.52,
+# [0.3333, 0.72], and for aggregate_iqm 0.46667, [0.26667, 0.67778].
+SCORES = np.array([[0.1, 0.5, 0.9], [0.3, 0.2, 0.4], [0.8, 0.6, 0.0], [0.5, 0.9, 0.7], [0.2, 0.1, 1.6]])
+
+
+@pytest.mark.parametrize("statistic, value, low, high", [
+    (tables.mean, 0.52, 0.33333, 0.72), (tables.interquartile_mean, 0.46667, 0.26667, 0.67778)])
+def test_intervals_are_those_of_rliable(statistic, value, low, high):
+    (found,) = tables.estimates(tables.bootstrap([{"test": [game[:, None]]} for game in SCORES.T]), statistic)
+    assert found["value"] == pytest.approx(value, abs=1e-5)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.02)
+
+
+def test_intervals_of_one_seed_are_of_its_levels():
+    """The mean of 400 coins is within 1.96 standard errors of 1 / 40 in 95 % of the samples."""
+    coins = np.tile([0.0, 1.0], 200)[None]
+    (found,) = tables.estimates(tables.bootstrap([{"test": [coins]}]), tables.mean)
+    assert (found["low"], found["high"]) == pytest.approx((0.5 - 1.96 / 40, 0.5 + 1.96 / 40), abs=0.003)
+
+
+def test_intervals_are_over_seeds_and_levels():
+    """Two seeds that differ by 1 on every level: their mean is 0, 1/2 or 1 in a sample. Where levels differ too, more so."""
+    seeds = np.array([[0.0] * 50, [1.0] * 50])
+    (alone,), (both,) = (list(tables.estimates(tables.bootstrap([{"test": [x]}]), tables.mean))
+                         for x in (seeds, seeds + np.linspace(-1, 1, 50)))
+    assert (alone["low"], alone["high"]) == (0, 1)
+    assert both["low"] < 0 and both["high"] > 1
 
 
 def test_statistics_of_known_returns():
-    found = evaluate.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy")
+    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy")
     assert found["games"]["maze"]["mean_return"] == 7.5 and found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
     assert found["games"]["maze"]["normalized"] == 0.5 and found["games"]["bigfish"]["normalized"] == 0.5
     assert found["mean"] == {"mean_return": 14.0, "normalized": 0.5}
     assert np.isclose(found["games"]["bigfish"]["standard_error"], np.std([1, 1, 40, 40], ddof=1) / 2)
 
 
+# What is not allowed
+
+
 @pytest.mark.parametrize("words, expected", [
     ("--num-levels 0", "--num-levels must be positive"),
     ("--start-level -3", "--start-level must be at least 0"),
     ("--env pong", "--env must be one of"),
+    ("--env bigfish bigfish", "--env must name each game once"),
     ("--distribution-mode memory", "got bigfish"),
     ("--distribution-mode nightmare", "--distribution-mode must be one of"),
-    ("--checkpoint missing.pt", "missing.pt: no such file"),
+    ("--checkpoint missing.pt", "--checkpoint must be"),
+    ("runs missing.pt", "missing.pt: no such file"),
+    ("--checkpoint runs --start-level 3 --splits paper", "--start-level and --splits exclude each other"),
+    ("--splits dev", "--splits must be train, test, paper or first levels, got dev"),
+    ("--splits", "--splits must be train, test, paper or first levels, got none"),
+    ("--splits 0 100", "--splits must not overlap"),
+    ("--splits train --distribution-mode exploration --env maze", "exploration"),
+    ("--format html", "--format must be one of text, markdown, csv, json, got html"),
+    ("--video out.avi", "--video must end in .mp4 or .gif"),
+    ("--video nowhere/out.gif", "--video must be in a folder that exists"),
     ("--greed", "--greed"),
 ])
 def test_bad_arguments_are_refused(words, expected, train, score, refused, capsys):
-    train("--total-steps", 20)
+    run = train("--total-steps", 20)
     capsys.readouterr()
-    refused(lambda: score(*words.split()), "evaluate.py: error: ", expected)
+    refused(lambda: score(*[run if word == "runs" else word for word in words.split()]), "evaluate.py: error: ", expected)
+
+
+def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train, score, refused, capsys):
+    runs = [train("--total-steps", 20), train("--total-steps", 20, "--multi-env", 1, "--exp-name", "one")]
+    capsys.readouterr()
+    refused(lambda: score(*runs), "runs must have the same games", "bigfish fruitbot (easy)")
+    refused(lambda: score(runs[0], runs[0]), "runs must be named once each")
+    score(*runs, "--num-levels", 1, "--env", "bigfish")
+    assert "srwm games=bigfish " in capsys.readouterr().out
 
 
 def test_no_checkpoint_at_all_is_refused(score, refused):
@@ -146,3 +334,14 @@ def test_a_script_that_is_not_beside_evaluate_is_refused(name, train, score, ref
     torch.save(torch.load(path) | {"script": name}, path)
     capsys.readouterr()
     refused(score, name, "is not a Python file beside evaluate.py")
+
+
+def test_a_missing_system_library_is_named_with_its_debian_package(train, score, refused, monkeypatch, capsys):
+    train("--total-steps", 20)
+
+    def no_engine(*args, **options):
+        raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    capsys.readouterr()
+    refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

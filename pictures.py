@@ -1,0 +1,292 @@
+"""The pictures that evaluate.py makes: a film of the agent, learning curves with scores, and what an SRWM does as it plays."""
+
+import importlib.util
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import srwm_cuda
+
+FPS, SECONDS = 15, 30  # of the film; the former is the speed at which people play ProcGen
+TILE, CAPTION = 512, 32  # pixels: the human resolution, and the line above it
+ENDINGS = {"plot": (".png", ".pdf", ".svg"), "video": (".mp4", ".gif"), "probe": (".png", ".pdf", ".svg")}
+COLORS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#c99a2e", "#5f6b73", "#b5578b", "#3aa6a0")
+GOOD, BAD = "#2e8b57", "#c8102e"  # rewards
+RATES = (r"$\beta_y$, learning rate of the output's columns", r"$\beta_q$, of the query's columns", r"$\beta_k$, of the key's",
+         r"$\beta_\beta$, of the learning rates' own")
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
+         "axes.axisbelow": True, "savefig.dpi": 130, "legend.frameon": False}
+
+
+def check(args):
+    """Raises ValueError where a picture that the arguments ask for cannot be made."""
+    for name, endings in ENDINGS.items():
+        if target := getattr(args, name):
+            if target.suffix not in endings:
+                raise ValueError(f"--{name} must end in {' or '.join(endings)}, got {target}")
+            if not target.parent.is_dir():
+                raise ValueError(f"--{name} must be in a folder that exists, got {target}")
+            if name != "video" and importlib.util.find_spec("matplotlib") is None:
+                raise ValueError(f"--{name} needs matplotlib: pip install matplotlib")
+            if target.suffix == ".mp4" and find_ffmpeg() is None:
+                raise ValueError(f"--{name} needs the program ffmpeg for .mp4; it writes .gif without")
+
+
+def find_ffmpeg():
+    """The path of ffmpeg: the system's, or that inside imageio-ffmpeg. gym3 wants a version of the latter that needs an old
+    setuptools when it is imported, so that it is not."""
+    package = importlib.util.find_spec("imageio_ffmpeg")
+    bundled = sorted(Path(package.origin).parent.glob("binaries/ffmpeg-*")) if package else []
+    return shutil.which("ffmpeg") or (bundled[0] if bundled else None)
+
+
+class Game:
+    """Plays levels of one game in a slot of a policy, one after the other."""
+
+    def __init__(self, name, split, policy, slot, make_level, **options):
+        self.name, self.split, self.policy, self.slot, self.number = name, split, policy, slot, -1
+        self.make = lambda level: make_level(policy.args, name, level, **options)
+        self.begin()
+
+    def begin(self):
+        """Begins the next level of the split."""
+        self.number = (self.number + 1) % self.split.count
+        self.level, self.total, self.ended = self.split.first + self.number, 0.0, 0  # pictures since the end
+        self.env = self.make(self.level)
+        self.policy.begin_episode(self.slot, self.name, self.level)
+        self.show()
+
+    def show(self):
+        """Keeps what there is to see: for the agent, and for people if the environment was made to."""
+        self.frame = self.env.observe()[1]["rgb"][0]
+        self.picture = self.env.get_info()[0].get("rgb", self.frame).copy()
+        self.policy.frames[self.slot] = self.frame
+
+    def step(self, actions):
+        """Acts. Returns the reward. Of an episode that ends, the last picture stays: procgen shows the next one already."""
+        self.env.act(actions[self.slot : self.slot + 1])
+        reward, _, ended = self.env.observe()
+        self.policy.reward[self.slot], self.ended = reward[0], int(ended[0])
+        self.total += float(reward[0])
+        if not self.ended:
+            self.show()
+        return float(reward[0])
+
+    def advance(self, actions):
+        """The next picture of a film: a step, or for a second the end of the episode, and then the next level."""
+        if not self.ended:
+            self.step(actions)
+        elif self.ended < FPS:
+            self.ended += 1
+        else:
+            self.begin()
+
+
+def film(run, policy, make_level, target):
+    """Writes half a minute in which the agent plays all games side by side, level after level."""
+    torch.set_num_threads(1)  # as when the agent is scored, so that these are the same episodes
+    games = [Game(name, run.splits[0], policy, slot, make_level, render_mode="rgb_array")
+             for slot, name in enumerate(run.games)]
+    font, columns = ImageFont.load_default(20), math.ceil(math.sqrt(len(games)))
+    rows = math.ceil(len(games) / columns)
+    size = (columns * TILE, rows * (TILE + CAPTION))
+
+    def pictures():
+        for _ in range(FPS * SECONDS):
+            sheet = Image.new("RGB", size)
+            draw = ImageDraw.Draw(sheet)
+            for game in games:
+                x, y = game.slot % columns * TILE, game.slot // columns * (TILE + CAPTION)
+                color = "#ffd166" if game.ended else "#ffffff"
+                draw.text((x + 10, y + CAPTION // 2), f"{game.name}, level {game.level}", color, font, "lm")
+                result = f"return {game.total:g}{', ended' if game.ended else ''}"
+                draw.text((x + TILE - 10, y + CAPTION // 2), result, color, font, "rm")
+                sheet.paste(Image.fromarray(game.picture), (x, y + CAPTION))
+            yield sheet
+            actions = policy.act()
+            for game in games:
+                game.advance(actions)
+
+    write_film(pictures(), size, target)
+
+
+def write_film(pictures, size, target):
+    """Writes pictures of that size (width, height); .gif at half of it, or the file would be huge."""
+    if target.suffix == ".gif":
+        with imageio.get_writer(target, duration=1000 / FPS, loop=0) as writer:
+            for picture in pictures:
+                small = picture.reduce(2).quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+                writer.append_data(np.asarray(small.convert("RGB")))
+        return
+    command = [find_ffmpeg(), "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "{}x{}".format(*size),
+               "-r", str(FPS), "-i", "-", "-pix_fmt", "yuv420p", "-crf", "20", "-movflags", "+faststart", str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
+        for picture in pictures:
+            ffmpeg.stdin.write(picture.tobytes())
+        ffmpeg.stdin.close()
+    if ffmpeg.returncode:
+        raise OSError(f"ffmpeg could not write {target}")
+
+
+def curves(folder):
+    """The scalars in a run's TensorBoard files: {tag: (steps, values)}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T for tag in events.Tags()["scalars"]}
+
+
+def plot(runs, rows, target):
+    """Draws the returns of training and, if the run has any, of validation, and the scores of each split."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    models = list(dict.fromkeys(run.model for run in runs))
+    colors = dict(zip(models, COLORS * len(models)))
+    found = {run.path.parent: (run.model, curves(run.path.parent)) for run in runs}
+    games, across = runs[0].games, min(3, len(runs[0].games))
+    down = math.ceil(len(games) / across)
+    figure = plt.figure(figsize=(12, 4 + 2.4 * down), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(4, 2.4 * down))
+    left, right = top.subplots(1, 2, width_ratios=(2, 3))
+    measure = "normalized" if any(row["measure"] == "normalized" for row in rows) else "return"
+    mean = "normalized_return/mean" if measure == "normalized" else "return/mean"
+    draw_curves(left, found, mean, colors)
+    left.set_title(f"{mean.split('/')[0].replace('_', ' ')}, mean over the games (dashed: validation)")
+    draw_bars(right, [row for row in rows if row["measure"] == measure and row["split"] != "gap"], models, colors)
+    right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return by level split, with 95 % intervals")
+    if len(games) > 1 or measure == "normalized":
+        for axis, game in zip(bottom.subplots(down, across, squeeze=False).flat, games):
+            draw_curves(axis, found, f"return/{game}", colors)
+            axis.set_title(f"{game}, return")
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def draw_curves(axis, found, tag, colors):
+    for model, color in colors.items():
+        for name, line in ((tag, "-"), (f"valid_{tag}", "--")):
+            seeds = [scalars[name] for its_model, scalars in found.values() if its_model == model and name in scalars]
+            for steps, values in seeds:
+                axis.plot(steps / 1e6, values, line, color=color, linewidth=0.6 if len(seeds) > 1 else 1.6, alpha=0.8)
+            if len(seeds) > 1:  # and their mean, as far as all of them reach
+                steps = seeds[0][0][seeds[0][0] <= min(steps[-1] for steps, _ in seeds)]
+                mean = np.mean([np.interp(steps, *seed) for seed in seeds], axis=0)
+                axis.plot(steps / 1e6, mean, line, color=color, linewidth=2)
+    axis.set_xlabel("steps, millions")
+    if not axis.lines:
+        axis.text(0.5, 0.5, f"no {tag} in TensorBoard files\nbeside the checkpoint", ha="center", va="center",
+                  transform=axis.transAxes, color="#666666")
+
+
+def draw_bars(axis, rows, models, colors):
+    """For each game, and for all, a bar for each model and split; the training split is pale."""
+    games = list(dict.fromkeys(row["game"] for row in rows))
+    bars = list(dict.fromkeys((row["model"], row["split"]) for row in rows))
+    width = 0.8 / len(bars)
+    for i, (model, split) in enumerate(bars):
+        these = [row for row in rows if (row["model"], row["split"]) == (model, split)]
+        x = [games.index(row["game"]) + (i - (len(bars) - 1) / 2) * width for row in these]
+        value, low, high = (np.array([row[key] for row in these]) for key in ("value", "low", "high"))
+        axis.bar(x, value, width * 0.92, color=colors[model], alpha=0.4 if split == "train" else 1.0, label=f"{model}, {split}")
+        axis.errorbar(x, value, np.abs([value - low, high - value]), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
+    axis.set_xticks(range(len(games)), [*games[:-1], "all"])
+    axis.axhline(0, color="#333333", linewidth=0.8)
+    axis.grid(axis="x", visible=False)
+    axis.legend(loc="best", fontsize=8)
+
+
+def record(function):
+    """Calls a function that runs an agent. Returns what it returns, and of each self-referential layer what it did in the
+    first environment: its rates beta (4, H), and the norm of what W has changed by after the step, relative to W's, (H,)."""
+    layers, srwm = [], srwm_cuda.srwm
+
+    def spy(x, W, state, done, *options):
+        y, new_state = srwm(x, W, state, done, *options)
+        W_t = W + state[0] * ~done[0, 0]  # (H, D, Y + 2D + 4)
+        beta = torch.einsum("hi,hij->jh", x[0, 0], W_t[..., -4:]).sigmoid()
+        layers.append((beta.cpu().numpy(), (new_state[0].norm(dim=(1, 2)) / W.norm(dim=(1, 2))).cpu().numpy()))
+        return y, new_state
+
+    srwm_cuda.srwm = spy
+    try:
+        return function(), layers
+    finally:
+        srwm_cuda.srwm = srwm
+
+
+def check_probe(run):
+    """Raises ValueError unless the run's agent has self-referential layers."""
+    device = next(run.agent.parameters()).device
+    frame, number = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8, device=device), torch.zeros(1, 1, device=device)
+    with torch.no_grad():
+        _, layers = record(lambda: run.agent(frame, number, number.bool(), run.agent.initial_state(1)))
+    if not layers:
+        raise ValueError(f"--probe needs a run whose layers call srwm_cuda.srwm; those of {run.checkpoint['script']} do not")
+
+
+def probe(run, policy, make_level, target):
+    """Plays the first level of the first game, and draws for each self-referential layer the four learning rates that it
+    chooses at each step, and how far its matrix has moved from where it began."""
+    torch.set_num_threads(1)
+    game = Game(run.games[0], run.splits[0], policy, 0, make_level)
+    steps, frames, rewards = [], [], []
+    while not game.ended:
+        actions, layers = record(policy.act)
+        steps.append(layers)
+        frames.append(game.frame.copy())
+        rewards.append(game.step(actions))
+    draw_probe(steps, frames, np.array(rewards), f"{run.model} ({run.checkpoint['step']:,} steps of training) plays "
+               f"{game.name}, {policy.args.distribution_mode}, level {game.level}: return {game.total:g}", target)
+
+
+def draw_probe(steps, frames, rewards, title, target):
+    """steps[t][layer] is what `record` returns; frames[t] is what the agent saw then, rewards[t] what it got for its action."""
+    import matplotlib.pyplot as plt
+
+    layers, count, time = len(steps[0]), len(steps), np.arange(len(steps))
+    plt.rcParams.update(STYLE)
+    figure = plt.figure(figsize=(4 + 5 * layers, 11.5), layout="constrained")
+    grid = figure.add_gridspec(7, layers, height_ratios=(1.15, 0.35, 1, 1, 1, 1, 1.25))
+    figure.suptitle(title + "\nthin lines: heads; thick: their mean; vertical: rewards", fontsize=11, x=0.01, ha="left")
+    rates = np.array([[beta for beta, _ in step] for step in steps])  # (T, layers, 4, H)
+
+    shown = np.unique(np.linspace(0, count - 1, 5 * layers).round().astype(int))
+    strip = figure.add_subplot(grid[0, :])
+    strip.imshow(np.concatenate([np.pad(frames[t], ((0, 0), (2, 2), (0, 0)), constant_values=255) for t in shown], axis=1))
+    strip.set_xticks(34 + 68 * np.arange(len(shown)), [f"step {t}" for t in shown])
+    strip.tick_params(length=0)
+    strip.set_yticks([])
+    strip.spines[:].set_visible(False)
+
+    for layer in range(layers):
+        axes = [figure.add_subplot(grid[1, layer])]
+        axes[0].bar(time + 1, rewards, width=max(1, count / 300), color=np.where(rewards < 0, BAD, GOOD))
+        axes[0].set_title(f"layer {layer + 1}", loc="left", fontweight="bold")
+        axes[0].set_ylabel("reward")
+        for i, name in enumerate(RATES):
+            axes.append(figure.add_subplot(grid[2 + i, layer], sharex=axes[0]))
+            draw_heads(axes[-1], rates[:, layer, i], COLORS[i])
+            axes[-1].set_ylim(rates.min() - 0.02, rates.max() + 0.02)  # one scale for all
+            axes[-1].set_title(name, loc="left", fontsize=9)
+        axes.append(figure.add_subplot(grid[6, layer], sharex=axes[0]))
+        draw_heads(axes[-1], np.array([step[layer][1] for step in steps]), COLORS[5])
+        axes[-1].set(ylim=(0, None), xlim=(0, count), xlabel="step of the episode")
+        axes[-1].set_title(r"$\|\Delta W\| / \|W_0\|$, what the matrix has changed by", loc="left", fontsize=9)
+        for axis in axes:
+            axis.tick_params(labelbottom=axis is axes[-1])
+            for t in np.flatnonzero(rewards):
+                axis.axvline(t + 1, color=BAD if rewards[t] < 0 else GOOD, alpha=0.25, linewidth=0.8, zorder=0)
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def draw_heads(axis, values, color):
+    axis.plot(values, color=color, alpha=0.3, linewidth=0.6)
+    axis.plot(values.mean(-1), color=color, linewidth=1.8)

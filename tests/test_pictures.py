@@ -1,0 +1,116 @@
+"""The pictures of an evaluation: films in which something happens, and drawings of what was there."""
+
+import importlib.util
+import subprocess
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+import evaluate
+import impala_procgen_lstm
+import impala_procgen_sr_delta
+import impala_procgen_srwm as script
+import pictures
+
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+
+
+@pytest.fixture
+def policy(few_slots):
+    args = script.Args(cuda=False, bf16=False)
+    return evaluate.Policy(script.Agent(args), args, greedy=True, seed=1)
+
+
+def test_a_film_shows_every_game_at_the_human_resolution(train, score, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "SECONDS", 1)
+    train("--total-steps", 20)
+    score("--video", "out.mp4")
+    command = [pictures.find_ffmpeg(), "-loglevel", "error", "-i", "out.mp4", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    film = np.frombuffer(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout, np.uint8)
+    film = film.reshape(15, 32 + 512, 2 * 512, 3)  # a line of writing above each of two games
+    assert film[0, :32].max() > 200 and film[0, 32:].std() > 20
+    assert np.abs(film[-1, 32:].astype(int) - film[0, 32:]).mean() > 1
+    assert not list(tmp_path.glob("runs/*/evaluation*"))  # to look is not to score
+    score("--video", "out.gif")
+    assert np.shape(imageio.mimread("out.gif", memtest=False))[:3] == (15, 272, 512)
+
+
+def test_a_film_shows_the_episodes_that_are_scored(policy):
+    game, returns = pictures.Game("fruitbot", evaluate.Split(8, 3, "test"), policy, 1, evaluate.make_level), []
+    while len(returns) < 3:
+        game.advance(policy.act())
+        if game.ended == 1:
+            returns.append(game.total)
+    assert returns == evaluate.play(policy.agent, policy.args, [("fruitbot", level) for level in (8, 9, 10)]).tolist()
+
+
+def test_the_end_of_an_episode_stays_for_a_second(policy):
+    game, shown = pictures.Game("dodgeball", evaluate.Split(3, 2, "test"), policy, 0, evaluate.make_level), []
+    while game.level == 3:
+        game.advance(policy.act())
+        shown.append((game.ended > 0, game.picture.tobytes()))
+    assert [ended for ended, _ in shown[-16:]] == [True] * 15 + [False]
+    assert len({picture for _, picture in shown[-16:-1]}) == 1
+
+
+def test_what_is_recorded_is_what_the_layers_did():
+    """At the second step, by the equations: the rates are sigmoid(x (W + change)) of the last four columns."""
+    agent = script.Agent(script.Args(cuda=False, bf16=False)).requires_grad_(False)
+    frame = torch.randint(256, (2, 1, 1, 64, 64, 3), dtype=torch.uint8)
+    reward, state, inputs = torch.zeros(1, 1), agent.initial_state(1), []
+    agent.layers[1].register_forward_pre_hook(lambda layer, given: inputs.append(given))
+    _, _, state = agent(frame[0], reward, reward.bool(), state)
+    (_, _, new_state), layers = pictures.record(lambda: agent(frame[1], reward, reward.bool(), state))
+    W, (h, change, _) = agent.layers[1].W, inputs[1]
+    beta, moved = layers[1]
+    for head in range(8):
+        x = h[0, 0, 16 * head : 16 * head + 16].softmax(0)
+        assert beta[:, head] == pytest.approx((x @ (W + change[0])[head, :, -4:]).sigmoid().numpy(), abs=1e-6)
+        assert moved[head] == pytest.approx((new_state[1][0, head].norm() / W[head].norm()).item(), rel=1e-5)
+    assert len(layers) == 2 and change.abs().max() > 0
+    assert pictures.srwm_cuda.srwm is script.srwm_cuda.srwm and "spy" not in pictures.srwm_cuda.srwm.__name__
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("module", [script, impala_procgen_sr_delta], ids=["srwm", "sr_delta"])
+def test_a_probe_is_a_picture(module, train, score, tmp_path):
+    train("--total-steps", 20, script=module)
+    score("--probe", "probe.png", "--env", "dodgeball")
+    assert np.asarray(Image.open(tmp_path / "probe.png")).std() > 10
+
+
+@needs_matplotlib
+def test_agents_without_self_reference_cannot_be_probed(train, score, refused, capsys):
+    train("--total-steps", 20, script=impala_procgen_lstm)
+    capsys.readouterr()
+    refused(lambda: score("--probe", "probe.png"), "--probe", "srwm_cuda.srwm", "impala_procgen_lstm.py")
+
+
+@needs_matplotlib
+def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, monkeypatch):
+    runs = [train("--total-steps", 20, "--seed", seed) for seed in (1, 2)]
+    for run in runs:
+        with SummaryWriter(run) as writer:
+            for step in range(3):
+                for tag in ("return/bigfish", "valid_return/bigfish", "normalized_return/mean", "valid_normalized_return/mean"):
+                    writer.add_scalar(tag, step, step * 1000)
+    drawn = []
+    draw_curves = pictures.draw_curves
+    monkeypatch.setattr(pictures, "draw_curves", lambda axis, *rest: drawn.append((axis, draw_curves(axis, *rest))))
+    score(*runs, "--splits", "0", "1000", "--num-levels", 1, "--plot", "plot.png")
+    assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 10
+    lines = [(line.get_linestyle(), list(line.get_ydata())) for line in drawn[0][0].lines]
+    assert lines == [("-", [0, 1, 2])] * 3 + [("--", [0, 1, 2])] * 3  # two seeds and their mean
+    assert [text.get_text() for text in drawn[2][0].texts] == ["no return/fruitbot in TensorBoard files\nbeside the checkpoint"]
+
+
+def test_without_matplotlib_one_line_says_how_to_install_it(train, score, refused, capsys, monkeypatch):
+    train("--total-steps", 20)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
+    capsys.readouterr()
+    refused(lambda: score("--plot", "plot.png"), "--plot needs matplotlib: pip install matplotlib")
