@@ -806,6 +806,8 @@ def complete(given):
     check_device(args)
     if args.reward_clipping not in ("abs_one", "none"):
         raise ValueError(f"--reward-clipping must be abs_one or none, got {args.reward_clipping}")
+    if Path(args.exp_name).name != args.exp_name:
+        raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
     games = GAMES.get(args.distribution_mode, [])
@@ -842,6 +844,18 @@ def make_agent(args, checkpoint):
     return agent
 
 
+def join_processes(args):
+    """Connects the processes that torchrun started, whose gradients are averaged."""
+    store, rank, size = next(dist.rendezvous("env://"))  # one store for all restarts: each needs keys of its own
+    dist.init_process_group("nccl" if args.cuda else "gloo", store=dist.PrefixStore(str(NUM_RESTARTS), store), rank=rank,
+                            world_size=size, timeout=timedelta(minutes=2))
+
+
+def make_profiler(run):
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
+                                  on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run), use_gzip=True))
+
+
 def stop_at_signals(*events):
     """SIGINT and SIGTERM set the events; a second one ends the process."""
     def on_signal(number, frame):
@@ -864,29 +878,30 @@ def train(given, args, games, agent, checkpoint):
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
         parameters = sum(parameter.numel() for parameter in agent.parameters())
+        device = torch.cuda.get_device_name() if args.cuda else "the CPU"
         print(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
-              f"{parameters:,} parameters on {torch.cuda.get_device_name() if args.cuda else 'the CPU'}"
-              f"{f', {NUM_PROCESSES} processes' * (NUM_PROCESSES > 1)}", flush=True)
+              f"{parameters:,} parameters on {device}, processes: {NUM_PROCESSES}", flush=True)
         if args.cuda and args.compile:
             print("compiling the CNN and capturing CUDA graphs, about a minute", flush=True)
     learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
     episodes = Episodes(games, checkpoint and checkpoint["episodes"])
     seed = (args.seed + step) * 1000 + RANK * (args.num_actors + 1)  # a resumed run plays on, not again
-    actors, validators = Actors(agent, args, games, seed, weights, episodes), None
+    actors, validators, logger = Actors(agent, args, games, seed, weights, episodes), None, None
     if args.valid_num_levels and RANK == 0:
         valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
         validators = Actors(agent, valid_args, games, valid_seed, weights, Episodes(games), spare=0)
         pause = math.ceil(valid_args.num_envs / (0.03 * args.batch_size))  # updates between its unrolls: 3 % of all steps
-    logger, saved, updates, stopping = Logger(args, run, step) if RANK == 0 else None, time.time(), 0, False
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run), use_gzip=True)) if args.profile else None
+    if RANK == 0:
+        logger = Logger(args, run, step)
+    profiler = make_profiler(run) if args.profile else None
     if NUM_PROCESSES > 1:
-        store, rank, size = next(dist.rendezvous("env://"))  # one for all restarts: each needs keys of its own
-        dist.init_process_group("nccl" if args.cuda else "gloo", store=dist.PrefixStore(str(NUM_RESTARTS), store), rank=rank,
-                                world_size=size, timeout=timedelta(minutes=2))
-    stop = threading.Event()
-    stop_at_signals(stop, *([] if dist.is_initialized() else [actors.stop]))
+        join_processes(args)
+    stop, stopping, updates, saved = threading.Event(), False, 0, time.time()
+    stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
+
+    def save(name):
+        return save_checkpoint(run / name, given, learner, episodes, step, best)
+
     try:
         for each in filter(None, (actors, validators, profiler)):
             each.start()
@@ -901,8 +916,8 @@ def train(given, args, games, agent, checkpoint):
             if not all(map(math.isfinite, statistics)):
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))
                 raise FloatingPointError(f"the update after step {step:,} is not finite: {named}")
-            steps = args.unroll_length * args.batch_size * NUM_PROCESSES
-            step, updates = step + steps, updates + 1
+            before, step = step, step + args.unroll_length * args.batch_size * NUM_PROCESSES
+            updates += 1
             if profiler:
                 profiler.step()
             if RANK > 0:
@@ -914,11 +929,11 @@ def train(given, args, games, agent, checkpoint):
                 valid_return = logger.write(step, learning_rate, episodes, validators)
                 if valid_return is not None and (best is None or valid_return > best):
                     best = valid_return
-                    save_checkpoint(run / "best.pt", given, learner, episodes, step, best)
-            if step - steps < (args.save_extra_checkpoint or 0) <= step:
-                save_checkpoint(run / f"checkpoint_{step}.pt", given, learner, episodes, step, best)
+                    save("best.pt")
+            if before < (args.save_extra_checkpoint or 0) <= step:
+                save(f"checkpoint_{step}.pt")
             if time.time() - saved >= args.save_interval:
-                save_checkpoint(run / "checkpoint.pt", given, learner, episodes, step, best)
+                save("checkpoint.pt")
                 saved = time.time()
         if logger and logger.updates:
             logger.write(step, learning_rate, episodes, validators)
@@ -928,9 +943,11 @@ def train(given, args, games, agent, checkpoint):
         if profiler:
             profiler.stop()
     if RANK == 0:
-        if not save_checkpoint(run / "checkpoint.pt", given, learner, episodes, step, best):
+        if not save("checkpoint.pt"):
             sys.exit(1)
         print(f"saved {run / 'checkpoint.pt'} at step {step:,}", flush=True)
+    if NUM_PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 def main():

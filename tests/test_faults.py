@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,19 +38,20 @@ def read(path):
     return script.load_checkpoint(path, SCRIPT.name)
 
 
-def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_checkpoint(tmp_path):
-    """Twenty kills: the checkpoint is always whole and never older than before; curve, schedule and optimizer have no seam."""
-    rng, resume, steps, signals = random.Random(0), [], [0], [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
-    for kill in range(20):
-        process = start(tmp_path, "--total-steps", 1_000_000, "--save-interval", rng.choice([0, 0.1]), *resume)
+def kill_and_resume(folder, seed, kills):
+    """Starts a run and kills it again and again, by turns with each signal. Returns its folder and the steps of its checkpoint
+    after each kill."""
+    rng, resume, steps = random.Random(seed), [], [0]
+    for kill in range(kills):
+        process = start(folder, "--total-steps", 1_000_000, "--save-interval", rng.choice([0, 0.1]), *resume)
         assert process.stdout.readline().startswith("runs/"), process.communicate()[1]
-        (run,) = (tmp_path / "runs").iterdir()
+        (run,) = (folder / "runs").iterdir()
         if kill % 5 != 4:  # every fifth may be killed before it trains
             wait_for(process, "step")
         while kill == 0 and not (run / "checkpoint.pt").exists():
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 1))
-        number, begin = signals[kill % 4], time.time()
+        number, begin = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][kill % 3], time.time()
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
         assert time.time() - begin < 10 and error == "", error
@@ -59,15 +61,27 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_check
         assert checkpoint["optimizer"]["state"][0]["step"] == checkpoint["step"] / STEPS + 1
         steps.append(checkpoint["step"])
         resume = ["--resume", run]
-    assert len(set(steps)) > 10 and len(list((tmp_path / "runs").iterdir())) == 1
-    last = start(tmp_path, "--total-steps", steps[-1] + STEPS, *resume)
-    assert last.communicate(timeout=60)[1] == "" and last.returncode == 0
-    log = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    log.Reload()
-    events = log.Scalars("learning_rate")
-    assert [event.step for event in events] == list(range(STEPS, steps[-1] + STEPS + 1, STEPS))
-    for event in events[:-1]:
-        assert event.value == pytest.approx(6e-4 * (1 - (event.step - STEPS) / 1_000_000), rel=1e-5)
+    return run, steps
+
+
+def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_checkpoint(tmp_path):
+    """Twenty kills of two runs: the checkpoint is always whole and never older than before; curve, schedule and optimizer have
+    no seam."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(kill_and_resume, folders, (0, 1), (10, 10)))
+    for folder, (run, steps) in zip(folders, results):
+        assert len(set(steps)) > 5 and len(list((folder / "runs").iterdir())) == 1
+        last = start(folder, "--total-steps", steps[-1] + STEPS, "--resume", run)
+        assert last.communicate(timeout=60)[1] == "" and last.returncode == 0
+        log = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        log.Reload()
+        events = log.Scalars("learning_rate")
+        assert [event.step for event in events] == list(range(STEPS, steps[-1] + STEPS + 1, STEPS))
+        for event in events[:-1]:
+            assert event.value == pytest.approx(6e-4 * (1 - (event.step - STEPS) / 1_000_000), rel=1e-5)
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-import torch.distributed as dist
 
 import impala_procgen_srwm as script
 
@@ -28,4 +27,3 @@ args, games = script.complete(given)
 agent = script.make_agent(args, checkpoint)
 script.train(given, args, games, agent, checkpoint)
 torch.save(Learner.first | dict(last=agent.state_dict()), f"process{script.RANK}.pt")
-dist.destroy_process_group()
