@@ -44,7 +44,7 @@ def kill_and_resume(folder, seed, kills):
     rng, resume, steps = random.Random(seed), [], [0]
     for kill in range(kills):
         process = start(folder, "--total-steps", 1_000_000, "--save-interval", rng.choice([0, 0.1]), *resume)
-        assert process.stdout.readline().startswith("runs/"), process.communicate()[1]
+        assert "environments" in process.stdout.readline()
         (run,) = (folder / "runs").iterdir()
         if kill % 5 != 4:  # every fifth may be killed before it trains
             wait_for(process, "step")
@@ -108,12 +108,12 @@ def test_a_full_disk_at_checkpoint_time_does_not_end_training(train, command, ca
     helper = threading.Thread(target=free_space)
     helper.start()
     try:
-        command(script, "--resume", run, "--total-steps", 2000, "--save-interval", 0)
+        command(script, "--resume", run, "--total-steps", 600, "--save-interval", 0)
     finally:
         sys.stderr.write = write
         helper.join(timeout=10)
     assert "checkpoint.pt could not be written: [Errno 28] No space left on device" in "".join(told)
-    assert read(run / "checkpoint.pt")["step"] == 2000
+    assert read(run / "checkpoint.pt")["step"] == 600
 
 
 def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, command, capsys):

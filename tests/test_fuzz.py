@@ -1,4 +1,4 @@
-"""Hundreds of command lines, sensible and not: each trains or is refused in one line; nothing else ever happens."""
+"""Command lines by the hundred, sensible and not: each trains or is refused in one line; nothing else ever happens."""
 
 import random
 
@@ -58,10 +58,10 @@ def draw(rng):
     return line + ([rng.choice(SWITCHES)] if rng.random() < 0.3 else [])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_command_line_trains_or_is_refused_in_one_line(seed, command, capsys, tmp_path):
     rng, trained = random.Random(seed), 0
-    for _ in range(50):
+    for _ in range(70):
         line = draw(rng)
         if "--cuda" in line and torch.cuda.is_available():
             continue
@@ -77,4 +77,4 @@ def test_every_command_line_trains_or_is_refused_in_one_line(seed, command, caps
             out, error = capsys.readouterr()
             assert "saved runs/" in out, (line, out, error)
             trained += 1
-    assert 10 < trained < 45
+    assert 15 < trained < 60
