@@ -862,8 +862,8 @@ def make_profiler(run):
 
 def stop_at_signals(*events):
     """SIGINT and SIGTERM set the events; a second one ends the process."""
-    def on_signal(number, frame):
-        print(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)", flush=True)
+    def on_signal(number, frame):  # which may have interrupted a print
+        os.write(1, f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)\n".encode())
         for either in (signal.SIGINT, signal.SIGTERM):
             signal.signal(either, signal.SIG_DFL)
         for event in events:
@@ -955,7 +955,12 @@ def train(given, args, games, agent, checkpoint):
 
 
 def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def leave(number, frame):
+        os.write(1, b"stopped before training began: there is nothing to save\n")
+        os._exit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     try:
         try:
             given, checkpoint = parse_args()
@@ -966,8 +971,6 @@ def main():
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         train(given, args, games, agent, checkpoint)
-    except KeyboardInterrupt:
-        print("stopped before training began: there is nothing to save", flush=True)
     except (FloatingPointError, TimeoutError) as error:
         sys.exit(f"{Path(__file__).name}: stopped, the last checkpoint is kept: {error}")
     except torch.OutOfMemoryError as error:

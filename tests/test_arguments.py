@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import impala_procgen_srwm as script
 
 ROOT = Path(__file__).parent.parent
@@ -54,10 +55,10 @@ def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cuda_without_a_gpu_is_refused(command, score, refused, train):
+def test_cuda_without_a_gpu_is_refused(command, refused, train):
     refused(lambda: command(script, "--cuda"), "--cuda needs a GPU")
     train("--total-steps", 20)
-    refused(lambda: score("--cuda"), "--cuda needs a GPU")
+    refused(lambda: command(evaluate, "--cuda"), "--cuda needs a GPU")
 
 
 def test_the_engine_plays_every_game_of_every_mode_and_no_other():

@@ -53,9 +53,9 @@ def kill_and_resume(folder, seed, kills):
         time.sleep(rng.uniform(0, 1))
         number, begin = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][kill % 3], time.time()
         process.send_signal(number)
-        _, error = process.communicate(timeout=30)
+        out, error = process.communicate(timeout=30)
         assert time.time() - begin < 10 and error == "", error
-        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), (kill, out)
         checkpoint = read(run / "checkpoint.pt")
         assert checkpoint["step"] >= steps[-1]
         assert checkpoint["optimizer"]["state"][0]["step"] == checkpoint["step"] / STEPS + 1
@@ -221,3 +221,12 @@ def test_two_deterministic_runs_are_the_same_bit_for_bit(cuda, tmp_path):
         models.append(checkpoint["model"])
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not all(torch.equal(models[0][name], models[2][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_ends_the_process_with_status_0(number, tmp_path):
+    process = start(tmp_path)
+    assert "environments" in process.stdout.readline()
+    process.send_signal(number)
+    out, error = process.communicate(timeout=10)
+    assert process.returncode == 0 and error == "" and ("nothing to save" in out or "saved" in out)
