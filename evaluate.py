@@ -13,7 +13,6 @@ To be read from top to bottom: arguments, runs, playing, main. Statistics and ta
 import functools
 import importlib.util
 import json
-import os
 import sys
 import threading
 import time
@@ -37,6 +36,7 @@ from impala_procgen_srwm import (
     load_checkpoint,
     load_weights,
     make_envs,
+    num_cores,
     synchronize,
 )
 from tables import FORMATS, summarize, tabulate
@@ -335,9 +335,8 @@ def play(agent, args, levels, greedy=True, seed=1, name="playing"):
     returns, todo = np.zeros(len(levels)), {game: deque() for game, _ in levels}
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     slots = SLOTS[next(agent.parameters(), torch.zeros(())).device.type]
-    policies = [Policy(agent, args, greedy, seed) for _ in range(min(cores, len(todo) + len(levels) // slots))]
+    policies = [Policy(agent, args, greedy, seed) for _ in range(min(num_cores(), len(todo) + len(levels) // slots))]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
     with ThreadPoolExecutor(len(policies)) as pool:
         try:

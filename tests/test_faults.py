@@ -85,7 +85,7 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_check
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    process = start(tmp_path, "--num-envs", 64, "--batch-size", 64, "--unroll-length", 50)  # an update takes seconds
+    process = start(tmp_path, "--num-envs", 64, "--batch-size", 64, "--unroll-length", 20)  # an update takes seconds
     wait_for(process, "step")
     process.send_signal(signal.SIGINT)
     wait_for(process, "SIGINT: saving and stopping")
@@ -211,14 +211,17 @@ def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(train, tmp_pat
 def test_two_deterministic_runs_are_the_same_bit_for_bit(cuda, tmp_path):
     """In processes of their own; another seed gives another run."""
     words = "--multi-env 2 --num-actors 2 --num-envs 12 --unroll-length 10 --batch-size 8 --total-steps 1600".split()
-    models = []
-    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+
+    def model(name, seed):
         options = ["--deterministic", "--seed", str(seed), "--exp-name", name, "--cuda" if cuda else "--no-cuda"]
         subprocess.run([sys.executable, SCRIPT, *words, *options], cwd=tmp_path, check=True, timeout=300)
         (run,) = (tmp_path / "runs").glob(f"{name}__*")
         checkpoint = read(run / "checkpoint.pt")
         assert checkpoint["optimizer"]["state"][0]["step"] == 21  # 20 updates, and one for making it
-        models.append(checkpoint["model"])
+        return checkpoint["model"]
+
+    with ThreadPoolExecutor() as pool:
+        models = list(pool.map(model, ("first", "second", "other"), (3, 3, 4)))
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not all(torch.equal(models[0][name], models[2][name]) for name in models[0])
 
