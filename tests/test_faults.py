@@ -54,7 +54,7 @@ def kill_and_resume(folder, seed, kills):
         number, begin = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][kill % 3], time.time()
         process.send_signal(number)
         out, error = process.communicate(timeout=30)
-        assert time.time() - begin < 10 and error == "", error
+        assert time.time() - begin < 20 and error == "", error  # ten seconds, and as much for a busy machine
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), (kill, out)
         checkpoint = read(run / "checkpoint.pt")
         assert checkpoint["step"] >= steps[-1]
@@ -90,7 +90,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     wait_for(process, "SIGINT: saving and stopping")
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=3) == -signal.SIGINT
+    assert process.wait(timeout=10) == -signal.SIGINT
 
 
 def test_a_full_disk_at_checkpoint_time_does_not_end_training(train, command, capsys):
@@ -231,5 +231,5 @@ def test_a_signal_before_training_ends_the_process_with_status_0(number, tmp_pat
     process = start(tmp_path)
     assert "environments" in process.stdout.readline()
     process.send_signal(number)
-    out, error = process.communicate(timeout=10)
+    out, error = process.communicate(timeout=20)
     assert process.returncode == 0 and error == "" and ("nothing to save" in out or "saved" in out)
