@@ -1,5 +1,7 @@
 """Training on the real engine: a few updates, the log, checkpoints, resuming, signals, errors."""
 
+import gzip
+import json
 import os
 import re
 import signal
@@ -172,6 +174,43 @@ def test_returns_and_lengths_of_each_game_are_logged(train):
     bigfish, fruitbot, mean = (scalars[f"normalized_return/{game}"][-1][1] for game in ("bigfish", "fruitbot", "mean"))
     assert mean == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
     assert bigfish == pytest.approx((scalars["return/bigfish"][-1][1] - 1) / 39, rel=1e-5)
+
+
+def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(train):
+    words = "--multi-env None --env leaper --unroll-length 100 --valid-num-levels 5 --valid-start-level 700"
+    run = train(*words.split(), "--total-steps", 4000, "--save-extra-checkpoint", 1000)
+    scalars = log(run)
+    valid = dict(scalars["valid_normalized_return/mean"])
+    assert {"valid_return/leaper", "valid_length/leaper"} <= set(scalars)
+    for step, gap in scalars["generalization_gap"]:
+        assert gap == pytest.approx(dict(scalars["normalized_return/mean"])[step] - valid[step], abs=1e-5)
+    best = script.load_checkpoint(run / "best.pt", None)
+    assert best["best"] == pytest.approx(max(valid.values()), abs=1e-5)
+    assert best["best"] == pytest.approx(valid[best["step"]], abs=1e-5)
+    assert script.load_checkpoint(run / "checkpoint_1200.pt", None)["step"] == 1200  # the first update to reach 1000
+
+
+def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
+    args, games = script.Args(valid_num_levels=5, valid_start_level=700, **ARGS), ["maze", "leaper"]
+    valid_args = script.validation_args(args, games)
+    assert (valid_args.num_levels, valid_args.start_level, valid_args.num_actors, valid_args.num_envs) == (5, 700, 1, 16)
+    agent = script.Agent(args)
+    before = [parameter.clone() for parameter in agent.parameters()]
+    validators = script.Actors(agent, valid_args, games, 1, script.Weights(agent), script.Episodes(games), spare=0)
+    validators.start()
+    unroll = validators.get()
+    validators.close()
+    seeds = {info["level_seed"] for info in validators.actors[0].envs.get_info()}
+    assert seeds <= set(range(700, 705)) and unroll.done[0].all()
+    assert all(torch.equal(old, new) for old, new in zip(before, agent.parameters()))
+
+
+def test_a_profile_is_a_trace_of_ten_updates(train):
+    run = train("--total-steps", 800, "--profile")
+    (trace,) = run.glob("*.pt.trace.json.gz")
+    names = [event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]]
+    assert sum(name is not None and name.startswith("ProfilerStep#") for name in names) >= 10
+    assert "aten::convolution_backward" in names
 
 
 def test_a_resumed_run_goes_on(train, command):
