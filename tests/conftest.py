@@ -1,3 +1,4 @@
+import gc
 import signal
 import sys
 
@@ -25,6 +26,7 @@ def command(monkeypatch, tmp_path):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(module, *words):
+        gc.collect()  # now, not while an engine is made: cffi holds a lock then, which closing another engine waits for
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
         module.main()
 
