@@ -85,11 +85,20 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_check
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    process = start(tmp_path, "--num-envs", 64, "--batch-size", 64, "--unroll-length", 20)  # an update takes seconds
-    wait_for(process, "step")
-    process.send_signal(signal.SIGINT)
-    wait_for(process, "SIGINT: saving and stopping")
-    process.send_signal(signal.SIGINT)
+    """Here after the first was heard, in a process that takes its time to stop."""
+    program = """
+import threading, time, impala_procgen_srwm as script
+stop = threading.Event()
+script.stop_at_signals(stop)
+print("ready", flush=True)
+stop.wait()
+print("stopping", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=SCRIPT.parent, text=True, stdout=subprocess.PIPE)
+    for beginning in ("ready", "stopping"):
+        wait_for(process, beginning)
+        process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
 
 
