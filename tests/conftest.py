@@ -9,6 +9,8 @@ import evaluate
 import impala_procgen_srwm
 import srwm_cuda
 
+gc.freeze()  # modules are no garbage, and need not be looked through at each collection
+
 SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
 
 
