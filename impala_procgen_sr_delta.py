@@ -878,7 +878,9 @@ def train(given, args, games, agent, checkpoint):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
     step, best = (checkpoint["step"], checkpoint.get("best")) if checkpoint else (0, None)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not args.deterministic, args.deterministic
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # also of what is compiled, such as max-pooling
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as deterministic algorithms of cuBLAS need
     run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
