@@ -33,6 +33,7 @@ from impala_procgen_srwm import (
     check_games,
     check_numbers,
     command_line,
+    keep_freed_memory,
     load_checkpoint,
     load_weights,
     make_envs,
@@ -106,6 +107,8 @@ def import_script(name):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "Agent"):
+        raise ValueError(f"the checkpoint's script, {name}, has no Agent")
     return module
 
 
@@ -153,21 +156,25 @@ def load_run(path, args):
     splits = choose_splits(args, mode, games, trained, trained_games)
     agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
     load_weights(agent, checkpoint)
-    managing = {"exp_name", "seed", "track", "env", "multi_env", *here}
+    managing = {"exp_name", "seed", "track", "profile", "env", "multi_env", *here}
     shared = {name: value for name, value in vars(trained).items()
               if name not in managing and not name.startswith(("wandb_", "log_", "save_", "valid_"))}
-    key = dict(script=checkpoint["script"], file=path.name, games=" ".join(trained_games)) | shared
+    key = dict(script=checkpoint["script"], file=path.name, games=" ".join(trained_games), bf16=saved.get("bf16")) | shared
     return Run(path, checkpoint, trained, replace(trained, distribution_mode=mode), games, agent, splits, args.greedy, key)
 
 
 def name_models(runs):
-    """Names each run's model: its script, and in what it differs from the other models of that script."""
+    """Names each run's model: its script, and in what it differs from the other models of that script. Says what is odd."""
     for run in runs:
         others = [other.key for other in runs if other.key["script"] == run.key["script"]]
         differs = [f"{name}={value}" for name, value in run.key.items()
                    if name != "file" and any(other[name] != value for other in others)]
         file = [] if run.path.stem == "checkpoint" else [run.path.stem]
         run.model = " ".join([Path(run.key["script"]).stem.removeprefix("impala_procgen_"), *differs, *file])
+    for run in runs:
+        seeds, steps = zip(*[(other.trained.seed, other.checkpoint["step"]) for other in runs if other.model == run.model])
+        if run.trained.seed == seeds[0] and (len(set(seeds)) < len(seeds) or len(set(steps)) > 1):
+            print(f"note: the runs of {run.model} have the seeds {seeds} and the steps {steps}", file=sys.stderr)
 
 
 def prepare(args):
@@ -236,7 +243,7 @@ class Policy:
         self.inputs = [x.to(self.device) for x in self.host]  # on a CPU, the same tensors
         self.frames, (self.reward, self.begin, self.reset, self.uniform) = (x.numpy() for x in self.host)
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)
-        self.step, self.random = np.zeros(B, dtype=np.int64), np.zeros((B, 1024), dtype=np.float32)
+        self.step, self.random = np.zeros(B, dtype=np.int64), np.zeros((B, 8192), dtype=np.float32)
         self.initial, self.state = agent.initial_state(B), agent.initial_state(B)
         self.stream = torch.cuda.Stream() if cuda and graph else None
         if self.stream:
@@ -249,7 +256,7 @@ class Policy:
         self.step[slot] = self.reward[slot] = 0
         if not self.greedy:
             generator = np.random.default_rng([self.seed, list(RETURN_RANGE).index(game), level])
-            self.random[slot] = generator.random(1024, dtype=np.float32)
+            self.random[slot] = generator.random(self.random.shape[1], dtype=np.float32)
 
     @torch.no_grad()
     def forward(self):
@@ -267,7 +274,7 @@ class Policy:
         """Actions (B,) for `frames` and `reward`, as a NumPy array."""
         self.begin[:] = self.step == 0
         self.reset[:] = self.begin if self.args.carry_state else self.step % self.args.unroll_length == 0
-        self.uniform[:] = self.random[np.arange(len(self.step)), self.step % 1024]
+        self.uniform[:] = self.random[np.arange(len(self.step)), self.step % self.random.shape[1]]
         self.step += 1
         for mine, theirs in zip(self.inputs, self.host):
             mine.copy_(theirs, non_blocking=True)
@@ -369,16 +376,22 @@ def score(run, args):
         mode, size = run.args.distribution_mode, len(run.games) * split.count
         run.returns[split], returns = returns[:size].reshape(len(run.games), -1), returns[size:]
         results = summarize(dict(zip(run.games, run.returns[split].tolist())), mode)
-        results |= dict(run=run.path.parent.name, step=run.checkpoint["step"], distribution_mode=mode, start_level=split.first,
-                        num_levels=split.count, greedy=args.greedy, seed=args.seed, bf16=run.trained.bf16)
-        kind = "evaluation" if run.path.stem == "checkpoint" else f"evaluation_{run.path.stem}"
-        sampled = "" if args.greedy else "_sampled"
-        written.append(run.path.with_name(f"{kind}_{mode}_{split.first}_{split.count}{sampled}.json"))
-        written[-1].write_text(json.dumps(results, indent=1) + "\n")
+        results |= dict(run=run.path.resolve().parent.name, script=run.checkpoint["script"], seed=run.trained.seed,
+                        step=run.checkpoint["step"], distribution_mode=mode, start_level=split.first, num_levels=split.count,
+                        greedy=args.greedy, action_seed=args.seed, bf16=run.trained.bf16)
+        file, sampled = [run.path.stem] * (run.path.stem != "checkpoint"), ["sampled", args.seed] * (not args.greedy)
+        words = ["evaluation", *file, *args.env, mode, split.first, split.count, *sampled]
+        path = run.path.with_name("_".join(map(str, words)) + ".json")
+        try:
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            written.append(path)
+        except OSError as error:
+            print(f"not written: {error}", file=sys.stderr)
     print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
 
 
 def main():
+    keep_freed_memory()
     try:
         try:
             args = command_line(Args(), __doc__)
@@ -403,6 +416,8 @@ def main():
             pictures.plot(runs, rows, args.plot)
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; --no-cuda needs none: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Expect about 100,000 steps a second on one H100 with 16 cores, and 800 on two CP
 
 import contextlib
 import copy
+import ctypes
 import io
 import math
 import os
@@ -176,11 +177,12 @@ class Encoder(nn.Module):
             self.compile(dynamic=False)
 
     def forward(self, frames):
-        if not frames.is_cuda and len(frames) > 256:  # on a CPU, pieces that fit its caches are 1.6 times as fast
-            return torch.cat([self(piece) for piece in frames.split(256)])
+        if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
+            return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x, first = F.pad(frames, (0, 5)).permute(0, 3, 1, 2).to(self.dtype) / 255.0, self.cnn[0]
-            x = F.conv2d(x, F.pad(first.weight, (0, 0, 0, 0, 0, 5)), first.bias, padding=1)  # tensor cores need 8 channels
+            first, more = self.cnn[0], 5 * frames.is_cuda  # channels: tensor cores need eight
+            x = F.pad(frames, (0, more)).permute(0, 3, 1, 2).to(self.dtype) / 255.0
+            x = F.conv2d(x, F.pad(first.weight, (0, 0, 0, 0, 0, more)), first.bias, padding=1)
             return F.relu(self.fc(F.relu(self.cnn[1:](x)).flatten(1))).float()
 
 
@@ -231,6 +233,15 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     return vs, rhos * (rewards + discounts * next_vs - values)
 
 
+def keep_freed_memory():
+    """Lets glibc keep what is freed, where the system has it: to map a large tensor's memory anew costs a CPU a sixth of its
+    speed."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that there is
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def num_cores():
     """Cores for this process: its share, where torchrun started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -255,11 +266,13 @@ class Episodes:
     """The last 100 returns and lengths of each game."""
 
     def __init__(self, games, saved=None):
-        recent = saved or {}
-        self.recent = {game: deque(map(tuple, recent.get(game, [])), maxlen=100) for game in games}
+        self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
 
     def add(self, game, episode_return, length):
         self.recent[game].append((float(episode_return), int(length)))
+
+    def full(self):
+        return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())
 
     def saved(self):
         return {game: list(episodes) for game, episodes in self.recent.items()}
@@ -384,7 +397,7 @@ class Actor(threading.Thread):
 
     def observe(self):
         """Waits for the environments and uploads what they show. Returns reward and done as NumPy arrays (B,)."""
-        self.waiting_since = time.time()
+        self.waiting_since = time.monotonic()
         reward, obs, done = self.envs.observe()
         self.waiting_since = None
         self.frames.copy_(torch.from_numpy(obs["rgb"]))
@@ -466,8 +479,11 @@ class Actors:
         for actor in self.actors:
             if actor.error is not None:
                 raise actor.error
-            if time.time() - (actor.waiting_since or math.inf) > STUCK_AFTER:
-                raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
+            since = actor.waiting_since
+            if since is not None and time.monotonic() - since > STUCK_AFTER:
+                time.sleep(1)  # if it was this whole process that stood still, they answer now
+                if actor.waiting_since == since:
+                    raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
 
     def close(self):
         self.stop.set()
@@ -475,7 +491,7 @@ class Actors:
             self.free.put(None)
         for actor in self.actors:
             if actor.is_alive():
-                actor.join(timeout=10)  # a stuck one never ends
+                actor.join(timeout=5)  # a stuck one never ends
 
 
 class Learner:
@@ -579,6 +595,12 @@ def average(tensors):
         tensor.copy_(mean.view(tensor.shape))
 
 
+def say(text, file=None):
+    """Prints a line. Where it cannot go (a broken pipe, a full disk, a print that a signal interrupted), there is none."""
+    with contextlib.suppress(OSError, RuntimeError):
+        print(text, file=file or sys.stdout, flush=True)
+
+
 def save_checkpoint(path, given, learner, episodes, step, best=None):
     """Writes to a temporary file first: whatever happens, `path` is a whole checkpoint. Returns whether it could be written."""
     checkpoint = dict(script=Path(__file__).name, args=to_plain(given), step=step, model=learner.agent.state_dict(),
@@ -588,7 +610,7 @@ def save_checkpoint(path, given, learner, episodes, step, best=None):
             torch.save(checkpoint, file)
         os.replace(path.with_suffix(".tmp"), path)
     except (OSError, RuntimeError) as error:  # the second is how torch.save passes on some of the first
-        print(f"{path} could not be written: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        say(f"{path} could not be written: {str(error).splitlines()[0]}", sys.stderr)
         return False
     return True
 
@@ -603,7 +625,8 @@ def load_checkpoint(path, script):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own for a damaged file
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"script", "args", "step", "model", "optimizer", "episodes"} <= set(checkpoint):
+    kinds = dict(script=str, args=dict, step=int, model=dict, optimizer=dict, episodes=dict)
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if script not in (None, checkpoint["script"]):
         raise ValueError(f"{path} belongs to {checkpoint['script']}, not to {script}")
@@ -630,8 +653,8 @@ class Logger:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
                                         resume="allow", config=to_plain(args), dir=run, sync_tensorboard=True)
             except Exception as error:  # no network, no account: nothing to lose a run over
-                print(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}", flush=True)
-        self.writer = SummaryWriter(run, purge_step=step + 1 if step else None)  # drops what lies past the checkpoint
+                say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
+        self.writer = SummaryWriter(run, purge_step=step + 1)  # drops what lies past the checkpoint
         if step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
@@ -639,39 +662,41 @@ class Logger:
 
     def start(self, step):
         """Begins a new interval, over which `write` averages."""
-        self.time, self.step, self.sums, self.updates = time.time(), step, 0.0, 0
+        self.time, self.step, self.sums, self.updates = time.monotonic(), step, 0.0, 0
 
     def add(self, *statistics):
         self.sums, self.updates = self.sums + np.array(statistics), self.updates + 1
 
     def write(self, step, learning_rate, episodes, validators):
-        """Logs the interval. Returns the mean return of the validation, normalised where it can be, or None."""
-        sps = (step - self.step) / (time.time() - self.time)
+        """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100 episodes
+        of each game, or None if there are not as many."""
+        sps = (step - self.step) / (time.monotonic() - self.time)
         scalars = dict(zip((*Learner.STATISTICS, "policy_lag"), self.sums / self.updates))
         scalars |= dict(learning_rate=learning_rate, SPS=sps) | episodes.scalars(self.args.distribution_mode)
-        mean = next((name for name in ("normalized_return/mean", "return/mean") if name in scalars), None)
-        valid_mean = None
-        if validators:
-            valid = validators.episodes.scalars(validators.args.distribution_mode)
-            scalars |= {f"valid_{name}": value for name, value in valid.items()}
-            if mean in valid:
-                valid_mean, scalars["generalization_gap"] = valid[mean], scalars[mean] - valid[mean]
+        valid = validators.episodes.scalars(validators.args.distribution_mode) if validators else {}
+        mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
+                            for found in (scalars, valid))
+        scalars |= {f"valid_{name}": value for name, value in valid.items()}
+        if mean in valid:
+            scalars["generalization_gap"] = scalars[mean] - valid[mean]
         try:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
         except OSError as error:  # TensorBoard's writer does not go on after an error
-            print(f"the log could not be written, training goes on: {error}", flush=True)
-            self.writer = SummaryWriter(self.run)
+            say(f"the log could not be written, training goes on: {error}")
+            with contextlib.suppress(OSError):
+                self.writer = SummaryWriter(self.run)
         left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
         returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
-        valid = f", validation {valid_mean:.3f}" if valid_mean is not None else ""
-        print(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}{valid}", flush=True)
+        returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
+        say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}")
         self.start(step)
-        return valid_mean
+        return valid[valid_mean] if valid_mean and validators.episodes.full() else None
 
     def close(self):
-        self.writer.close()
+        with contextlib.suppress(OSError):
+            self.writer.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -692,13 +717,22 @@ def command_line(default, description):
             raise
 
 
+def unfinished_run(given):
+    """The newest run with these arguments that has steps left, or None: what torchrun's restart goes on with."""
+    for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
+            with contextlib.suppress(ValueError):
+                checkpoint = load_checkpoint(path, Path(__file__).name)
+                if checkpoint["args"] | {"resume": None} == to_plain(given) and checkpoint["step"] < given.total_steps:
+                    return path.parent
+    return None
+
+
 def parse_args():
     """The arguments as given, and the checkpoint to go on from, or None."""
     given, checkpoint = command_line(Args(), __doc__), None
     if NUM_RESTARTS > 0 and given.resume is None:
-        found = Path("runs").glob(f"{given.exp_name}__{given.seed}__*/checkpoint.pt")
-        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-        given.resume = newest and newest.parent
+        given.resume = unfinished_run(given)
     if given.resume is not None:
         checkpoint = load_checkpoint(given.resume / "checkpoint.pt", Path(__file__).name)
         saved = {name: value for name, value in checkpoint["args"].items() if name in vars(given)}
@@ -716,7 +750,7 @@ def check_numbers(args):
     from_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
                  "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if type(value) in (int, float):
             if not (value > 0 or value == 0 and name in from_zero) or value >= 2**31:
                 least = "at least 0" if name in from_zero else "positive"
                 raise ValueError(f"--{name.replace('_', '-')} must be {least} and less than {2**31}, got {value}")
@@ -741,14 +775,13 @@ def check_games(games, args, valid=""):
 def check_device(args):
     """Raises ValueError if the GPU that --cuda asks for is not there; decides about bfloat16."""
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda trains on the CPU")
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda computes on the CPU")
     if args.cuda and NUM_PROCESSES_HERE > torch.cuda.device_count():
         raise ValueError(f"--cuda needs a GPU for each of {NUM_PROCESSES_HERE} processes, not {torch.cuda.device_count()}")
-    if args.bf16 is None and args.cuda:
-        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.bf16 is None:
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        args.bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if args.bf16 is None:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if args.cuda
+                     else any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
 
 
 def complete(given):
@@ -761,7 +794,7 @@ def complete(given):
     check_device(args)
     if args.reward_clipping not in ("abs_one", "none"):
         raise ValueError(f"--reward-clipping must be abs_one or none, got {args.reward_clipping}")
-    if Path(args.exp_name).name != args.exp_name:
+    if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
@@ -772,7 +805,12 @@ def complete(given):
     games = [args.env] if args.env is not None else games[: args.multi_env or 6]
     check_games(games, args)
     if args.valid_num_levels:
-        check_games(games, validation_args(args, games), "valid-")
+        valid_args = validation_args(args, games)
+        check_games(games, valid_args, "valid-")
+        first, last = valid_args.start_level, valid_args.start_level + valid_args.num_levels - 1
+        end = args.start_level + (args.num_levels or 2**31)
+        if valid_args.distribution_mode == args.distribution_mode and first < end and args.start_level <= last:
+            raise ValueError(f"--valid-start-level must begin levels that are not trained on, got {first} to {last}")
 
     if args.num_actors is None:
         args.num_actors = max(1, min(8, num_cores() // 2))
@@ -799,11 +837,15 @@ def make_agent(args, checkpoint):
     return agent
 
 
-def join_processes(args):
+def join_processes(args, step):
     """Connects the processes that torchrun started, whose gradients are averaged."""
     store, rank, size = next(dist.rendezvous("env://"))  # one store for all restarts: each needs keys of its own
     dist.init_process_group("nccl" if args.cuda else "gloo", store=dist.PrefixStore(str(NUM_RESTARTS), store), rank=rank,
                             world_size=size, timeout=timedelta(minutes=2))
+    steps = [None] * size
+    dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise RuntimeError(f"the processes do not go on from the same checkpoint, but from steps {steps}")
 
 
 def make_profiler(run):
@@ -811,53 +853,75 @@ def make_profiler(run):
                                   on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run), use_gzip=True))
 
 
+def answer_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def stop_at_signals(*events):
     """SIGINT and SIGTERM set the events; a second one ends the process."""
-    def on_signal(number, frame):  # which may have interrupted a print
-        os.write(1, f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)\n".encode())
-        for either in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(either, signal.SIG_DFL)
+    def on_signal(number, frame):
+        answer_signals(signal.SIG_IGN)
         for event in events:
             event.set()
+        say(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
+        time.sleep(0.1)  # one wish may come as two signals: to the process, and to its group
+        answer_signals(signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    answer_signals(on_signal)
 
 
-def train(given, args, games, agent, checkpoint):
+def make_run(args):
+    """The folder of the run that goes on, or of a new one; of several processes, only the first makes one."""
+    Path("runs").mkdir(exist_ok=True)
+    while args.resume is None and RANK == 0:
+        run = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        with contextlib.suppress(FileExistsError):  # another run began in this second
+            run.mkdir()
+            return run
+        time.sleep(1)
+    return args.resume
+
+
+def train(given, args, games, agent, checkpoint, run):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
     step, best = (checkpoint["step"], checkpoint.get("best")) if checkpoint else (0, None)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not args.deterministic
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # also of what is compiled, such as max-pooling
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as deterministic algorithms of cuBLAS need
-    run = args.resume or Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    if args.cuda:  # on a CPU these are slow, and the usual ones just as deterministic
+        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # also of what is compiled, such as max-pooling
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS needs for that
     if RANK == 0:
-        run.mkdir(parents=True, exist_ok=True)
         parameters = sum(parameter.numel() for parameter in agent.parameters())
         device = torch.cuda.get_device_name() if args.cuda else "the CPU"
-        print(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
-              f"{parameters:,} parameters on {device}, processes: {NUM_PROCESSES}", flush=True)
+        say(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
+            f"{parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
         if args.cuda and args.compile:
-            print("compiling the CNN and capturing CUDA graphs, about a minute", flush=True)
+            say("compiling the CNN and capturing CUDA graphs, about a minute")
     learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
     episodes = Episodes(games, checkpoint and checkpoint["episodes"])
     seed = (args.seed + step) * 1000 + RANK * (args.num_actors + 1)  # a resumed run plays on, not again
-    actors, validators, logger = Actors(agent, args, games, seed, weights, episodes), None, None
+    actors, validators = Actors(agent, args, games, seed, weights, episodes), None
     if args.valid_num_levels and RANK == 0:
         valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
         validators = Actors(agent, valid_args, games, valid_seed, weights, Episodes(games), spare=0)
         pause = math.ceil(valid_args.num_envs / (0.03 * args.batch_size))  # updates between its unrolls: 3 % of all steps
-    if RANK == 0:
-        logger = Logger(args, run, step)
-    profiler = make_profiler(run) if args.profile else None
+    logger = Logger(args, run, step) if RANK == 0 else None
+    profiler = make_profiler(run) if args.profile and RANK == 0 else None
     if NUM_PROCESSES > 1:
-        join_processes(args)
-    stop, stopping, updates, saved = threading.Event(), False, 0, time.time()
+        join_processes(args, step)
+    stop, stopping, updates, saved = threading.Event(), False, 0, time.monotonic()
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
     def save(name):
         return save_checkpoint(run / name, given, learner, episodes, step, best)
+
+    def log():
+        nonlocal best
+        valid_return = logger.write(step, learning_rate, episodes, validators)
+        if valid_return is not None and (best is None or valid_return > best):
+            best = valid_return
+            save("best.pt")
 
     try:
         for each in filter(None, (actors, validators, profiler)):
@@ -868,11 +932,12 @@ def train(given, args, games, agent, checkpoint):
             learning_rate = args.learning_rate * (1 - step / args.total_steps)
             learner.learning_rate.fill_(learning_rate)
             result = learner.update(stop.is_set())
-            weights.publish(agent)
+            synchronize()
             *statistics, stopping = result.tolist()
             if not all(map(math.isfinite, statistics)):
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))
                 raise FloatingPointError(f"the update after step {step:,} is not finite: {named}")
+            weights.publish(agent)
             before, step = step, step + args.unroll_length * args.batch_size * NUM_PROCESSES
             updates += 1
             if profiler:
@@ -880,55 +945,57 @@ def train(given, args, games, agent, checkpoint):
             if RANK > 0:
                 continue
             logger.add(*statistics, lag)
-            if validators and updates % pause == 0 and (args.deterministic or validators.full.qsize()):
-                validators.free.put(validators.get())
-            if time.time() - logger.time >= args.log_interval:
-                valid_return = logger.write(step, learning_rate, episodes, validators)
-                if valid_return is not None and (best is None or valid_return > best):
-                    best = valid_return
-                    save("best.pt")
+            if validators:
+                validators.check()
+                if updates % pause == 0 and (args.deterministic or validators.full.qsize()):
+                    validators.free.put(validators.get())
+            if time.monotonic() - logger.time >= args.log_interval:
+                log()
             if before < (args.save_extra_checkpoint or 0) <= step:
                 save(f"checkpoint_{step}.pt")
-            if time.time() - saved >= args.save_interval:
+            if time.monotonic() - saved >= args.save_interval:
                 save("checkpoint.pt")
-                saved = time.time()
+                saved = time.monotonic()
         if logger and logger.updates:
-            logger.write(step, learning_rate, episodes, validators)
+            log()
+        written = RANK > 0 or save("checkpoint.pt")  # first of all: who ends this process may not wait long
     finally:
         for each in filter(None, (actors, validators, logger)):
             each.close()
         if profiler:
             profiler.stop()
-    if RANK == 0:
-        if not save("checkpoint.pt"):
-            sys.exit(1)
-        print(f"saved {run / 'checkpoint.pt'} at step {step:,}", flush=True)
     if NUM_PROCESSES > 1:
         dist.destroy_process_group()
+    if not written:
+        sys.exit(1)
+    if RANK == 0:
+        say(f"saved {run / 'checkpoint.pt'} at step {step:,}")
 
 
 def main():
     def leave(number, frame):
-        os.write(1, b"stopped before training began: there is nothing to save\n")
+        say("stopped before training began: there is nothing to save")
         os._exit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    answer_signals(leave)
+    keep_freed_memory()
     try:
         try:
             given, checkpoint = parse_args()
             args, games = complete(given)
             make_envs(args, games, len(games), args.seed)  # whatever ails the engine shows here
-            agent = make_agent(args, checkpoint)
-        except ValueError as error:  # only from here: in training it would be a mistake in the program
+            agent, run = make_agent(args, checkpoint), make_run(args)
+        except (ValueError, OSError) as error:  # only from here: in training it would be a mistake in the program
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        train(given, args, games, agent, checkpoint)
+        train(given, args, games, agent, checkpoint, run)
     except (FloatingPointError, TimeoutError) as error:
         sys.exit(f"{Path(__file__).name}: stopped, the last checkpoint is kept: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; lower --num-envs or --num-actors (unrolls, inference) "
-                 f"or --batch-size (learner): {str(error).splitlines()[0]}")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
+                 f"--batch-size (learner): {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ TILE, CAPTION = 512, 32  # pixels: the human resolution, and the line above it
 ENDINGS = {"plot": (".png", ".pdf", ".svg"), "video": (".mp4", ".gif"), "probe": (".png", ".pdf", ".svg")}
 COLORS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#c99a2e", "#5f6b73", "#b5578b", "#3aa6a0")
 GOOD, BAD = "#2e8b57", "#c8102e"  # rewards
+ALPHA = {"train": 0.35, "mixed": 0.65, "test": 1.0}  # of a split's bars
 RATES = (r"$\beta_y$, learning rate of the output's columns", r"$\beta_q$, of the query's columns", r"$\beta_k$, of the key's",
          r"$\beta_\beta$, of the learning rates' own")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
@@ -149,7 +150,7 @@ def plot(runs, rows, target):
     plt.rcParams.update(STYLE)
     models = list(dict.fromkeys(run.model for run in runs))
     colors = dict(zip(models, COLORS * len(models)))
-    found = {run.path.parent: (run.model, curves(run.path.parent)) for run in runs}
+    found = {run.path: (run.model, curves(run.path.parent)) for run in runs}
     games, across = runs[0].games, min(3, len(runs[0].games))
     down = math.ceil(len(games) / across)
     figure = plt.figure(figsize=(12, 4 + 2.4 * down), layout="constrained")
@@ -158,7 +159,7 @@ def plot(runs, rows, target):
     measure = "normalized" if any(row["measure"] == "normalized" for row in rows) else "return"
     mean = "normalized_return/mean" if measure == "normalized" else "return/mean"
     draw_curves(left, found, mean, colors)
-    left.set_title(f"{mean.split('/')[0].replace('_', ' ')}, mean over the games (dashed: validation)")
+    left.set_title(f"{mean.split('/')[0].replace('_', ' ')}, mean over the games trained on (dashed: validation)")
     draw_bars(right, [row for row in rows if row["measure"] == measure and row["split"] != "gap"], models, colors)
     right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return by level split, with 95 % intervals")
     if len(games) > 1 or measure == "normalized":
@@ -186,7 +187,7 @@ def draw_curves(axis, found, tag, colors):
 
 
 def draw_bars(axis, rows, models, colors):
-    """For each game, and for all, a bar for each model and split; the training split is pale."""
+    """For each game, and for all, a bar for each model and split; the more of its levels were trained on, the paler."""
     games = list(dict.fromkeys(row["game"] for row in rows))
     bars = list(dict.fromkeys((row["model"], row["split"]) for row in rows))
     width = 0.8 / len(bars)
@@ -194,12 +195,12 @@ def draw_bars(axis, rows, models, colors):
         these = [row for row in rows if (row["model"], row["split"]) == (model, split)]
         x = [games.index(row["game"]) + (i - (len(bars) - 1) / 2) * width for row in these]
         value, low, high = (np.array([row[key] for row in these]) for key in ("value", "low", "high"))
-        axis.bar(x, value, width * 0.92, color=colors[model], alpha=0.4 if split == "train" else 1.0, label=f"{model}, {split}")
+        axis.bar(x, value, width * 0.92, color=colors[model], alpha=ALPHA[split], label=f"{model}, {split}")
         axis.errorbar(x, value, np.abs([value - low, high - value]), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
     axis.set_xticks(range(len(games)), [*games[:-1], "all"])
     axis.axhline(0, color="#333333", linewidth=0.8)
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="best", fontsize=8)
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, fontsize=8)
 
 
 def record(function):

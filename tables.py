@@ -1,7 +1,7 @@
 """From returns to tables: what evaluate.py says about its runs, with bootstrap intervals, in four formats.
 
 The statistics are those of Agarwal et al. 2021, 'Deep reinforcement learning at the edge of the statistical precipice'
-(arXiv 2108.13264), whose library rliable does not draw from levels.
+(arXiv 2108.13264), whose library rliable draws neither from levels nor whole agents that play several games.
 """
 
 import csv
@@ -15,7 +15,8 @@ from impala_procgen_srwm import RETURN_RANGE
 
 DRAWS = 10_000  # bootstrap samples
 COLUMNS = ("train", "test", "mixed", "gap")
-NOTE = "Mean over levels ± standard deviation over seeds, if there are several [95 % bootstrap interval over levels and seeds]."
+NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
+        "[95 % bootstrap interval over levels and seeds].")
 
 
 def summarize(returns, distribution_mode):
@@ -35,15 +36,15 @@ def bootstrap(scores, draws=DRAWS):
     """Means over levels of the scores, and of samples drawn from their seeds and levels with replacement.
 
     scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds, games)},
-    where number 0 is of the scores themselves. As in rliable, games are strata, and so are splits: each is drawn from
-    alone, except that a game's seeds are the same in all splits, and a split's levels the same for all seeds. With one
-    seed, or with one level, this is rliable's StratifiedBootstrap.
+    where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the same for all
+    seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes a seed good
+    in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each game alone.)
     """
     rng = np.random.default_rng(0)
     means = {column: [] for game in scores for column in game}
+    seeds = len(next(iter(scores[0].values()))[0])
+    chosen = np.concatenate([np.arange(seeds)[None], rng.integers(seeds, size=(draws, seeds))])
     for game in scores:
-        seeds = len(next(iter(game.values()))[0])
-        chosen = np.concatenate([np.arange(seeds)[None], rng.integers(seeds, size=(draws, seeds))])
         for column, splits in game.items():
             total = 0.0
             for x in splits:
@@ -103,7 +104,9 @@ def tabulate(runs):
         for split in first.splits:
             for i, game in enumerate(scores):
                 game.setdefault(split.column, []).append(np.stack([run.returns[split][i] for run in group]))
-        rows += entries(model, first.games, scores, first.args.distribution_mode)
+        mode, steps = first.args.distribution_mode, " ".join(str(run.checkpoint["step"]) for run in group)
+        about = dict(steps=steps, distribution_mode=mode, levels=levels(first), greedy=first.greedy, bf16=first.trained.bf16)
+        rows += [row | about for row in entries(model, first.games, scores, mode)]
     return rows
 
 
@@ -135,13 +138,18 @@ def cells(rows):
     return games, aggregated
 
 
+def levels(run):
+    return ", ".join(f"{split.first} to {split.first + split.count - 1} ({split.column})" for split in run.splits)
+
+
 def describe(runs):
     """A line for each run: what was played."""
     for run in runs:
-        levels = ", ".join(f"{split.first} to {split.first + split.count - 1} ({split.column})" for split in run.splits)
         actions, precision = "greedy" if run.greedy else "sampled", "bfloat16" if run.trained.bf16 else "float32"
-        yield (f"{run.path}: {run.model}, seed {run.trained.seed}, {run.checkpoint['step']:,} steps; "
-               f"{run.args.distribution_mode}, levels {levels}; {actions} actions, {precision}")
+        begin, end = run.trained.valid_start_level, run.trained.valid_start_level + run.trained.valid_num_levels
+        best = f", chosen by validation on levels {begin} to {end - 1}" if run.path.stem == "best" else ""
+        yield (f"{run.path}: {run.model}, seed {run.trained.seed}, {run.checkpoint['step']:,} steps{best}; "
+               f"{run.args.distribution_mode}, levels {levels(run)}; {actions} actions, {precision}")
 
 
 def text(runs, rows):
@@ -170,7 +178,7 @@ def comma_separated(runs, rows):
 
 def as_json(runs, rows):
     played = [dict(run=str(run.path), model=run.model, seed=run.trained.seed, step=run.checkpoint["step"],
-                   distribution_mode=run.args.distribution_mode, greedy=run.greedy,
+                   distribution_mode=run.args.distribution_mode, greedy=run.greedy, bf16=run.trained.bf16,
                    splits=[split._asdict() for split in run.splits]) for run in runs]
     return json.dumps(dict(runs=played, entries=rows), indent=1)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
 
 import impala_procgen_srwm as script
 
@@ -113,6 +115,35 @@ def test_torchrun_s_restart_goes_on_from_the_checkpoint(tmp_path):
     assert process.returncode == 0, out
     assert checkpoint(tmp_path)["step"] == 30 * STEPS
     assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 31
+
+
+def test_a_restart_goes_on_with_an_unfinished_run_of_the_same_arguments_and_no_other(train, monkeypatch):
+    def given(*words):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *SMALL, *map(str, words)])
+        return script.command_line(script.Args(), "")
+
+    finished = train("--total-steps", 100)
+    assert script.unfinished_run(given("--total-steps", 100)) is None
+    saved = torch.load(finished / "checkpoint.pt")
+    torch.save(saved | {"step": 60}, finished / "checkpoint.pt")
+    assert script.unfinished_run(given("--total-steps", 100)) == finished.relative_to(Path.cwd())
+    assert script.unfinished_run(given("--total-steps", 100, "--num-levels", 5)) is None
+    assert script.unfinished_run(given("--total-steps", 100, "--seed", 2)) is None
+
+
+def test_processes_that_go_on_from_different_checkpoints_end(tmp_path):
+    program = """
+import sys, impala_procgen_srwm as script
+script.join_processes(script.Args(cuda=False), step=int(sys.argv[1]))
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    processes = [subprocess.Popen([sys.executable, "-c", program, step], text=True, stderr=subprocess.PIPE,
+                                  env=environment | {"RANK": rank}) for rank, step in (("0", "40"), ("1", "0"))]
+    for process in processes:
+        assert "do not go on from the same checkpoint, but from steps [40, 0]" in process.communicate(timeout=60)[1]
+        assert process.returncode == 1
 
 
 def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,12 @@ def wait_for(process, beginning):
 
 def read(path):
     return script.load_checkpoint(path, SCRIPT.name)
+
+
+def log(run):
+    """What TensorBoard shows: {tag: [(step, value), ...]}."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def kill_and_resume(folder, seed, kills):
@@ -76,12 +83,10 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_check
         assert len(set(steps)) > 5 and len(list((folder / "runs").iterdir())) == 1
         last = start(folder, "--total-steps", steps[-1] + STEPS, "--resume", run)
         assert last.communicate(timeout=60)[1] == "" and last.returncode == 0
-        log = EventAccumulator(str(run), size_guidance={"scalars": 0})
-        log.Reload()
-        events = log.Scalars("learning_rate")
-        assert [event.step for event in events] == list(range(STEPS, steps[-1] + STEPS + 1, STEPS))
-        for event in events[:-1]:
-            assert event.value == pytest.approx(6e-4 * (1 - (event.step - STEPS) / 1_000_000), rel=1e-5)
+        rates = log(run)["learning_rate"]
+        assert [step for step, _ in rates] == list(range(STEPS, steps[-1] + STEPS + 1, STEPS))
+        for step, rate in rates[:-1]:
+            assert rate == pytest.approx(6e-4 * (1 - (step - STEPS) / 1_000_000), rel=1e-5)
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
@@ -125,6 +130,50 @@ def test_a_full_disk_at_checkpoint_time_does_not_end_training(train, command, ca
     assert read(run / "checkpoint.pt")["step"] == 600
 
 
+def test_a_full_disk_under_the_log_does_not_end_training(tmp_path):
+    """Nor does it under standard output. Here each file may have 5,000 bytes, of which a checkpoint needs more."""
+    words = [sys.executable, SCRIPT, *TINY, "--total-steps", "300"]
+    with open("/dev/full", "w") as full:
+        end = subprocess.run(words, cwd=tmp_path, text=True, stdout=full, stderr=subprocess.PIPE, timeout=120,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)))
+    assert end.returncode == 1 and "checkpoint.pt could not be written" in end.stderr, end.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert log(run)["SPS"][-1][0] == 300
+
+
+def test_a_run_whose_output_nobody_reads_any_more_is_saved(tmp_path):
+    """As of `python impala_procgen_srwm.py | tee log`, where Ctrl-C ends tee too."""
+    process = start(tmp_path, "--total-steps", 1_000_000)
+    wait_for(process, "step")
+    process.stdout.close()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0 and "Traceback" not in process.stderr.read()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read(run / "checkpoint.pt")["step"] > 0
+
+
+def test_one_wish_to_stop_that_comes_as_two_signals_is_one(tmp_path):
+    process = start(tmp_path, "--total-steps", 1_000_000)
+    wait_for(process, "step")
+    for _ in range(10):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 0 and error == "" and "saved runs" in out
+
+
+def test_the_last_checkpoint_is_written_before_anything_that_may_take_long_or_fail(train, monkeypatch, tmp_path):
+    def fail(logger):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(script.Logger, "close", fail)
+    with pytest.raises(RuntimeError, match="no network"):
+        train("--total-steps", 100)
+    (run,) = tmp_path.glob("runs/*")
+    assert read(run / "checkpoint.pt")["step"] == 100
+
+
 def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, command, capsys):
     run = train("--total-steps", 20)
     (run / "checkpoint.tmp").symlink_to("/dev/full")
@@ -142,16 +191,19 @@ def test_an_update_that_is_not_finite_stops_the_run_and_keeps_the_last_good_chec
     assert all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
 
 
-def test_stuck_environments_end_the_run(train, monkeypatch):
+@pytest.mark.parametrize("start_level", [0, 500], ids=["training", "validation"])
+def test_stuck_environments_end_the_run(start_level, train, monkeypatch):
     make_envs, calls, forever = script.make_envs, [], threading.Event()
 
-    def make_stuck_envs(*arguments, **options):
-        envs = make_envs(*arguments, **options)
+    def make_stuck_envs(args, *rest):
+        envs = make_envs(args, *rest)
         observe = envs.observe
+        if args.start_level != start_level:
+            return envs
 
         def get_stuck():
             calls.append(1)
-            if len(calls) == 30:
+            if len(calls) == 4:
                 forever.wait()
             return observe()
 
@@ -162,7 +214,7 @@ def test_stuck_environments_end_the_run(train, monkeypatch):
     monkeypatch.setattr(script, "STUCK_AFTER", 1)
     begin = time.time()
     with pytest.raises(SystemExit, match=r"actor \d: its environments have not answered for 1 seconds"):
-        train("--total-steps", 1_000_000)
+        train("--total-steps", 1_000_000, "--valid-num-levels", 5)
     assert time.time() - begin < 40
     forever.set()
 
@@ -174,6 +226,8 @@ def test_memory_that_is_too_small_is_explained(train, monkeypatch):
     monkeypatch.setattr(script.Learner, "backward", no_memory)
     with pytest.raises(SystemExit, match="lower --num-envs or --num-actors .* or --batch-size .*Tried to allocate 2.00 GiB"):
         train("--total-steps", 100)
+    with pytest.raises(SystemExit, match="too little memory; lower .*can't allocate memory"):
+        train("--unroll-length", 2_000_000_000)  # more than any computer has
 
 
 @pytest.mark.gpu
@@ -219,7 +273,7 @@ def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(train, tmp_pat
 @pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_two_deterministic_runs_are_the_same_bit_for_bit(cuda, tmp_path):
     """In processes of their own; another seed gives another run."""
-    words = "--multi-env 2 --num-actors 2 --num-envs 12 --unroll-length 10 --batch-size 8 --total-steps 1600".split()
+    words = "--multi-env 2 --num-actors 2 --num-envs 12 --unroll-length 5 --batch-size 8 --total-steps 800".split()
 
     def model(name, seed):
         options = ["--deterministic", "--seed", str(seed), "--exp-name", name, "--cuda" if cuda else "--no-cuda"]

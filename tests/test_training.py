@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,8 @@ def test_returns_and_lengths_of_each_game_are_logged(train):
     assert bigfish == pytest.approx((scalars["return/bigfish"][-1][1] - 1) / 39, rel=1e-5)
 
 
-def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(train):
+def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(train, monkeypatch):
+    monkeypatch.setattr(script.Episodes, "full", lambda episodes: True)  # which takes long
     words = "--multi-env None --env leaper --unroll-length 100 --valid-num-levels 5 --valid-start-level 700"
     run = train(*words.split(), "--total-steps", 4000, "--save-extra-checkpoint", 1000)
     scalars = log(run)
@@ -188,6 +190,22 @@ def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(trai
     assert best["best"] == pytest.approx(max(valid.values()), abs=1e-5)
     assert best["best"] == pytest.approx(valid[best["step"]], abs=1e-5)
     assert script.load_checkpoint(run / "checkpoint_1200.pt", None)["step"] == 1200  # the first update to reach 1000
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor() as pool:
+        assert len(set(pool.map(script.make_run, [script.Args()] * 3))) == 3 == len(list(tmp_path.glob("runs/*")))
+
+
+def test_the_best_checkpoint_is_chosen_by_a_hundred_episodes_of_each_game():
+    """The first episodes to end are short ones: in maze, those that were won."""
+    episodes = script.Episodes(["maze", "leaper"])
+    for _ in range(100):
+        assert not episodes.full()
+        for game in ("maze", "leaper"):
+            episodes.add(game, 10, 1)
+    assert episodes.full()
 
 
 def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():

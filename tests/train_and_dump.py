@@ -25,5 +25,5 @@ script.Learner = Learner
 given, checkpoint = script.parse_args()
 args, games = script.complete(given)
 agent = script.make_agent(args, checkpoint)
-script.train(given, args, games, agent, checkpoint)
+script.train(given, args, games, agent, checkpoint, script.make_run(args))
 torch.save(Learner.first | dict(last=agent.state_dict()), f"process{script.RANK}.pt")
