@@ -902,14 +902,15 @@ def stop_at_signals(*events):
 
 def make_run(args):
     """The folder of the run that goes on, or of a new one; of several processes, only the first makes one."""
+    if args.resume is not None or RANK > 0:
+        return args.resume
     Path("runs").mkdir(exist_ok=True)
-    while args.resume is None and RANK == 0:
-        run = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        with contextlib.suppress(FileExistsError):  # another run began in this second
-            run.mkdir()
-            return run
-        time.sleep(1)
-    return args.resume
+    name = f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (Path("runs") / name).mkdir()
+            return Path("runs") / name
+        name += "+"  # of a run that began in the same second as another
 
 
 def train(given, args, games, agent, checkpoint, run):

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,13 @@ envs = script.make_envs(args, games, 2 * len(games), seed=1)
 envs.act(np.zeros(2 * len(games), dtype=np.int32))
 assert envs.observe()[1]["rgb"].shape == (2 * len(games), 64, 64, 3)
 """
-    for mode, games in script.GAMES.items():
-        end = subprocess.run([sys.executable, "-c", program, mode, *games], cwd=ROOT, capture_output=True, text=True)
-        assert end.returncode == 0 and end.stderr == "", (mode, end.stderr)
+    def play(mode):
+        words = [sys.executable, "-c", program, mode, *script.GAMES[mode]]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for mode, end in zip(script.GAMES, pool.map(play, script.GAMES)):
+            assert end.returncode == 0 and end.stderr == "", (mode, end.stderr)
 
 
 def test_help_is_the_manual_and_starts_without_the_notice_of_gym():
