@@ -845,6 +845,7 @@ def join_processes(args, step):
     steps = [None] * size
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
+        dist.destroy_process_group()
         raise RuntimeError(f"the processes do not go on from the same checkpoint, but from steps {steps}")
 
 

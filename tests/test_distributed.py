@@ -143,7 +143,7 @@ script.join_processes(script.Args(cuda=False), step=int(sys.argv[1]))
                                   env=environment | {"RANK": rank}) for rank, step in (("0", "40"), ("1", "0"))]
     for process in processes:
         assert "do not go on from the same checkpoint, but from steps [40, 0]" in process.communicate(timeout=60)[1]
-        assert process.returncode == 1
+        assert process.returncode != 0
 
 
 def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):
