@@ -171,10 +171,10 @@ def name_models(runs):
                    if name != "file" and any(other[name] != value for other in others)]
         file = [] if run.path.stem == "checkpoint" else [run.path.stem]
         run.model = " ".join([Path(run.key["script"]).stem.removeprefix("impala_procgen_"), *differs, *file])
-    for run in runs:
-        seeds, steps = zip(*[(other.trained.seed, other.checkpoint["step"]) for other in runs if other.model == run.model])
-        if run.trained.seed == seeds[0] and (len(set(seeds)) < len(seeds) or len(set(steps)) > 1):
-            print(f"note: the runs of {run.model} have the seeds {seeds} and the steps {steps}", file=sys.stderr)
+    for model in dict.fromkeys(run.model for run in runs):
+        seeds, steps = zip(*[(run.trained.seed, run.checkpoint["step"]) for run in runs if run.model == model])
+        if len(set(seeds)) < len(seeds) or len(set(steps)) > 1:
+            print(f"note: the runs of {model} have the seeds {seeds} and the steps {steps}", file=sys.stderr)
 
 
 def prepare(args):

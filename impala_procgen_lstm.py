@@ -949,7 +949,7 @@ def train(given, args, games, agent, checkpoint, run):
             learning_rate = args.learning_rate * (1 - step / args.total_steps)
             learner.learning_rate.fill_(learning_rate)
             result = learner.update(stop.is_set())
-            synchronize()
+            synchronize()  # here, and not when `publish` holds the lock that actors wait for
             *statistics, stopping = result.tolist()
             if not all(map(math.isfinite, statistics)):
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))

@@ -159,7 +159,7 @@ def plot(runs, rows, target):
     measure = "normalized" if any(row["measure"] == "normalized" for row in rows) else "return"
     mean = "normalized_return/mean" if measure == "normalized" else "return/mean"
     draw_curves(left, found, mean, colors)
-    left.set_title(f"{mean.split('/')[0].replace('_', ' ')}, mean over the games trained on (dashed: validation)")
+    left.set_title(f"{mean.split('/')[0].replace('_', ' ')} over training games (dashed: validation)")
     draw_bars(right, [row for row in rows if row["measure"] == measure and row["split"] != "gap"], models, colors)
     right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return by level split, with 95 % intervals")
     if len(games) > 1 or measure == "normalized":
