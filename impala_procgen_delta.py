@@ -146,7 +146,7 @@ class TrainingArgs:
     entropy_cost: float = 0.01
     """weight of the entropy bonus"""
     reward_clipping: str = "abs_one"
-    """abs_one: clamp rewards to [-1, 1] for learning; none: do not"""
+    """abs_one: clamp rewards to [-1, 1] for learning; normalize: divide by the spread of a game's returns; none: neither"""
     carry_state: bool = True
     """carry the recurrent state, if the model has one, from unroll to unroll; --no-carry-state is the state-reset ablation"""
 
@@ -323,6 +323,11 @@ class Episodes:
     def saved(self):
         return {game: list(episodes) for game, episodes in self.recent.items()}
 
+    def spread(self, game):
+        """Standard deviation of the game's returns; 1 as long as fewer than ten are known, or all are the same."""
+        returns = [episode_return for episode_return, _ in list(self.recent[game])]
+        return (np.std(returns) if len(returns) >= 10 else 0.0) or 1.0
+
     def scalars(self, distribution_mode):
         """Mean return, normalised return and length of each game, and their mean over the games once all have ended one."""
         scalars = {}
@@ -352,13 +357,14 @@ class Unroll:
         self.done = torch.zeros(T + 1, B, dtype=torch.bool, device=device)  # the frame at t begins an episode
         self.action = torch.zeros(T, B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(T, B, NUM_ACTIONS, device=device)  # of the policy that acted
+        self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
         self.version = 0  # of the weights that acted
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
-        steps = [x.narrow(1, begin, count) for x in (self.obs, self.reward, self.done, self.action, self.logits)]
-        return steps + [x.narrow(0, begin, count) for x in self.state]
+        steps = (self.obs, self.reward, self.done, self.action, self.logits, self.reward_scale)
+        return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
 class Weights:
@@ -457,6 +463,9 @@ class Actor(threading.Thread):
         now, unroll.version = self.now, self.weights.fetch(self.agent)
         for mine, theirs in zip(now.state, unroll.state):
             theirs.copy_(mine if self.args.carry_state else mine.zero_())
+        if self.args.reward_clipping == "normalize":
+            scales = [1 / self.episodes.spread(game) for game in self.games] * (self.args.num_envs // len(self.games))
+            unroll.reward_scale.copy_(torch.tensor([scales]))
         for t in range(self.args.unroll_length):
             if self.stop.is_set():
                 return None
@@ -598,7 +607,7 @@ class Learner:
         action = batch.action.unsqueeze(-1)
         log_pi_action, log_mu_action = log_pi.gather(-1, action).squeeze(-1), log_mu.gather(-1, action).squeeze(-1)  # (T, B)
         log_rhos = log_pi_action.detach() - log_mu_action
-        rewards = batch.reward[1:].clamp(-1, 1) if args.reward_clipping == "abs_one" else batch.reward[1:]
+        rewards = batch.reward[1:].clamp(-1, 1) if args.reward_clipping == "abs_one" else batch.reward[1:] * batch.reward_scale
         discounts = args.discounting * (~batch.done[1:]).float()
         vs, pg_advantages = vtrace(log_rhos, discounts, rewards, values.detach(), bootstrap_value)
 
@@ -838,8 +847,8 @@ def complete(given):
     args = copy.copy(given)
     check_numbers(args)
     check_device(args)
-    if args.reward_clipping not in ("abs_one", "none"):
-        raise ValueError(f"--reward-clipping must be abs_one or none, got {args.reward_clipping}")
+    if args.reward_clipping not in ("abs_one", "none", "normalize"):
+        raise ValueError(f"--reward-clipping must be abs_one, none or normalize, got {args.reward_clipping}")
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if args.env is not None and args.multi_env is not None:

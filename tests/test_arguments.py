@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
     ("--discounting 1.01", "--discounting must be at most 1"),
     ("--epsilon 0", "--epsilon must be positive"),
     ("--grad-norm-clipping 0", "--grad-norm-clipping must be positive"),
-    ("--reward-clipping sometimes", "--reward-clipping must be abs_one or none"),
+    ("--reward-clipping sometimes", "--reward-clipping must be abs_one, none or normalize"),
     ("--valid-num-levels 10 --valid-start-level 195", "--valid-start-level must begin levels that are not trained on, got 195"),
     ("--valid-num-levels 10 --num-levels 0", "--valid-start-level must begin levels that are not trained on"),
     ("--exp-name a/b", "--exp-name must be a folder's name"),

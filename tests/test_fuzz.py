@@ -29,7 +29,7 @@ WORDS = {
     "discounting": ["0", "0.9", "1", "1.01", "-1"],
     "entropy-cost": ["0", "1", "-1"],
     "baseline-cost": ["0", "1", "-1"],
-    "reward-clipping": ["abs_one", "none", "soft", ""],
+    "reward-clipping": ["normalize", "none", "soft", ""],
     "seed": ["0", "7", "2147483647", "-1", "2147483648"],
     "num-layers": ["1", "2", "0", "-1"],
     "hidden-size": ["8", "24", "10", "1", "0"],

@@ -110,12 +110,15 @@ def test_batches_take_every_environment_of_every_unroll_once():
     assert seen == list(range(12)) and lags == [10, 7, 4] and actors.free.qsize() == 2
 
 
-def test_the_loss_is_that_of_the_paper():
+@pytest.mark.parametrize("reward_clipping", ["abs_one", "none", "normalize"])
+def test_the_loss_is_that_of_the_paper(reward_clipping):
     """Sums over time and batch of policy gradient, half squared error and entropy, from the batch's shifted rewards."""
-    args = script.Args(**ARGS | dict(num_envs=4))
+    args = script.Args(reward_clipping=reward_clipping, **ARGS | dict(num_envs=4))
     actor, learner, unroll, _ = parts(args)
     play(actor, unroll)
     unroll.reward.copy_(torch.randn(21, 4) * 3)
+    if reward_clipping == "normalize":
+        unroll.reward_scale.copy_(torch.tensor([[0.5, 2.0, 0.1, 1.0]]))
     for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
         mine.copy_(theirs)
     learner.batch.logits += torch.randn(20, 4, 15)
@@ -125,13 +128,38 @@ def test_the_loss_is_that_of_the_paper():
         logits, values, _ = learner.agent(unroll.obs, unroll.reward, unroll.done, unroll.state)
     pi, mu = torch.distributions.Categorical(logits=logits[:-1]), torch.distributions.Categorical(logits=learner.batch.logits)
     log_rhos = pi.log_prob(unroll.action) - mu.log_prob(unroll.action)
-    rewards, discounts = unroll.reward[1:].clamp(-1, 1), 0.99 * (1 - unroll.done[1:].float())
+    rewards = {"abs_one": unroll.reward.clamp(-1, 1), "none": unroll.reward,
+               "normalize": unroll.reward * torch.tensor([0.5, 2.0, 0.1, 1.0])}[reward_clipping][1:]
+    discounts = 0.99 * (1 - unroll.done[1:].float())
     vs, advantages = script.vtrace(log_rhos, discounts, rewards, values[:-1], values[-1])
     policy, baseline = -(pi.log_prob(unroll.action) * advantages).sum(), 0.5 * (vs - values[:-1]).square().sum()
     expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
     parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, log_rhos.exp().clamp(max=1).sum()]) / 80
     torch.testing.assert_close(statistics, parts_per_step, rtol=1e-4, atol=1e-4)
+
+
+def test_normalized_rewards_are_divided_by_the_spread_of_the_game_s_last_hundred_returns():
+    actor, _, unroll, episodes = parts(script.Args(reward_clipping="normalize", **ARGS))
+    for value in range(1000):
+        episodes.add("maze", 10 * (value % 2), 1)
+        episodes.add("leaper", value / 100, 1)  # 9 to 9.99, the last hundred
+    play(actor, unroll)
+    maze, leaper = unroll.reward_scale[0, :2].tolist()
+    assert maze == pytest.approx(1 / 5, rel=0.1) and leaper == pytest.approx(1 / np.arange(9, 10, 0.01).std(), rel=0.1)
+    assert unroll.reward_scale.tolist() == [[maze, leaper] * 3]  # environments play the games by turns
+
+
+def test_the_spread_of_few_or_equal_returns_is_one():
+    episodes = script.Episodes(["maze"])
+    for value in (0, 10, 10, 0, 10, 0, 10, 0, 0):
+        episodes.add("maze", value, 1)
+        assert episodes.spread("maze") == 1
+    episodes.add("maze", 10, 1)
+    assert episodes.spread("maze") == 5
+    for _ in range(100):
+        episodes.add("maze", 10, 1)
+    assert episodes.spread("maze") == 1
 
 
 def test_an_update_is_a_clipped_step_of_rmsprop():
@@ -310,21 +338,26 @@ def test_an_exception_in_an_actor_ends_the_run_with_it(train, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves(number, tmp_path):
+def test_a_signal_saves_and_leaves(tmp_path):
     words = "--no-cuda --env maze --num-actors 2 --num-envs 8 --batch-size 8 --log-interval 0.1".split()
-    process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 0 and err == "", err
-    (run,) = (tmp_path / "runs").iterdir()
-    step = read(run)["step"]
-    assert step > 0 and f"saved runs/{run.name}/checkpoint.pt at step {step:,}" in out
-    assert log(run)["SPS"][-1][0] == step
+
+    def stop(number):
+        name = signal.Signals(number).name
+        process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words, "--exp-name", name], cwd=tmp_path,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0 and err == "", err
+        (run,) = (tmp_path / "runs").glob(f"{name}__*")
+        step = read(run)["step"]
+        assert step > 0 and f"saved runs/{run.name}/checkpoint.pt at step {step:,}" in out
+        assert log(run)["SPS"][-1][0] == step
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(stop, [signal.SIGINT, signal.SIGTERM]))
 
 
 def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_path):
@@ -353,6 +386,7 @@ def test_momentum_can_be_new_in_a_resumed_run(train, command):
     "--no-carry-state",
     "--bptt-length 2 --num-layers 1 --hidden-size 64 --num-head 4",
     "--reward-clipping none --momentum 0.9 --bf16 False",
+    "--reward-clipping normalize",
 ])
 def test_modes_and_options_train(words, train):
     run = train("--total-steps", 60, *words.split())
