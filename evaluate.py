@@ -43,8 +43,9 @@ from impala_procgen_srwm import (
 from tables import FORMATS, summarize, tabulate
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
-SLOTS = {"cpu": 32, "cuda": 128}  # environments that a thread plays at once: the batch of its agent
-VECTOR = {"cpu": 4, "cuda": 32}  # how many of them play the same game
+SLOTS = {"cpu": 32, "cuda": 512}  # environments that a thread plays at once: the batch of its agent
+VECTOR = {"cpu": 4, "cuda": 64}  # how many of them play the same game
+ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
 
 
 @dataclass
@@ -221,8 +222,8 @@ def make_level(args, game, level, num=1, **options):
     mode = args.distribution_mode
     if mode == "exploration":  # by which procgen means one level of the mode hard
         mode, level = "hard", EXPLORATION_LEVEL_SEEDS[game]
-    options |= dict(distribution_mode=mode, start_level=level, num_levels=1)
-    envs = ProcgenGym3Env(num, game, rand_seed=0, num_threads=0, **options)
+    options = dict(num_threads=0) | options | dict(distribution_mode=mode, start_level=level, num_levels=1)
+    envs = ProcgenGym3Env(num, game, rand_seed=0, **options)
     envs._reuse_arrays = True  # as in make_envs
     return envs
 
@@ -297,7 +298,8 @@ class Vector:
             self.game = max(self.todo, key=lambda game: len(self.todo[game]))  # that of which most is left
             if not self.todo[self.game]:
                 return False
-            self.envs = make_level(self.policy.args, self.game, level=0, num=len(free))
+            threads = ENGINE_THREADS[self.policy.device.type]
+            self.envs = make_level(self.policy.args, self.game, level=0, num=len(free), num_threads=threads)
         for n in free:
             try:
                 self.playing[n], level = self.todo[self.game].popleft()
@@ -309,9 +311,11 @@ class Vector:
         self.policy.frames[self.slots] = self.envs.observe()[1]["rgb"]
         return (self.playing >= 0).any()
 
-    def step(self, actions):
-        """Returns how many episodes went on by a step, and how many of them ended."""
+    def act(self, actions):
         self.envs.act(actions[self.slots])
+
+    def observe(self):
+        """Waits for the step. Returns how many episodes went on by it, and how many of them ended."""
         reward, _, ended = self.envs.observe()
         self.policy.reward[self.slots] = reward
         active = self.playing >= 0
@@ -332,7 +336,9 @@ def play_slots(policy, todo, returns, progress, stop):
             if busy:
                 actions = policy.act()
                 for vector in busy:
-                    progress.update(vector.step(actions))
+                    vector.act(actions)
+                for vector in busy:
+                    progress.update(vector.observe())
             elif not any(todo.values()):
                 break
 
@@ -342,8 +348,9 @@ def play(agent, args, levels, greedy=True, seed=1, name="playing"):
     returns, todo = np.zeros(len(levels)), {game: deque() for game, _ in levels}
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
-    slots = SLOTS[next(agent.parameters(), torch.zeros(())).device.type]
-    policies = [Policy(agent, args, greedy, seed) for _ in range(min(num_cores(), len(todo) + len(levels) // slots))]
+    device = next(agent.parameters(), torch.zeros(())).device.type
+    most = max(1, num_cores() // (4 if device == "cuda" else 1))  # Python's threads share a lock: few, with much to do
+    policies = [Policy(agent, args, greedy, seed) for _ in range(min(most, len(todo) + len(levels) // SLOTS[device]))]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
     with ThreadPoolExecutor(len(policies)) as pool:
         try:

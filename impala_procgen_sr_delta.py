@@ -351,7 +351,7 @@ class Episodes:
 class Unroll:
     """T + 1 time steps of B environments, in fixed memory on the learner's device; the last is the next unroll's first.
 
-    It is what actors fill; the learner's batch, whose columns come from several; and, with T = 0, an actor's present.
+    It is what actors fill, and the learner's batch, whose columns come from several.
     """
 
     def __init__(self, agent, T, B):
@@ -359,6 +359,7 @@ class Unroll:
         self.obs = torch.zeros(T + 1, B, 64, 64, 3, dtype=torch.uint8, device=device)
         self.reward = torch.zeros(T + 1, B, device=device)  # of the action before
         self.done = torch.zeros(T + 1, B, dtype=torch.bool, device=device)  # the frame at t begins an episode
+        self.shown = (self.obs, self.reward, self.done)  # by the environments
         self.action = torch.zeros(T, B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(T, B, NUM_ACTIONS, device=device)  # of the policy that acted
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
@@ -367,7 +368,7 @@ class Unroll:
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
-        steps = (self.obs, self.reward, self.done, self.action, self.logits, self.reward_scale)
+        steps = (*self.shown, self.action, self.logits, self.reward_scale)
         return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
@@ -418,7 +419,11 @@ def capture(function, stream, generator=None):
 
 
 class Actor(threading.Thread):
-    """Plays unrolls: takes an empty one and the newest weights, fills it with T steps of its environments, passes it on."""
+    """Plays unrolls: takes an empty one and the newest weights, fills it with T steps of its environments, passes it on.
+
+    What a step does on the device is one function, `act`, and on CUDA one graph: threads share Python's lock, and every call
+    that each makes in a step is one that the others wait for.
+    """
 
     def __init__(self, index, args, games, seed, weights, episodes, free, full, stop):
         super().__init__(name=f"actor {index}", daemon=True)
@@ -429,9 +434,10 @@ class Actor(threading.Thread):
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
         self.agent = Agent(args).to(device).requires_grad_(False)
-        self.now = Unroll(self.agent, 0, args.num_envs)  # the current time step, and the state before it
-        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # these two on the host
-        self.frames = torch.zeros(args.num_envs, 64, 64, 3, dtype=torch.uint8, pin_memory=args.cuda)
+        self.unroll, self.state = Unroll(self.agent, args.unroll_length, args.num_envs), self.agent.initial_state(args.num_envs)
+        self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
+        self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown]  # on the host
+        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # this too
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stream = None
         if args.cuda:
@@ -441,42 +447,48 @@ class Actor(threading.Thread):
             self.act = capture(self.act, self.stream, self.generator)
         self.observe()
 
+    def store(self):
+        """Uploads what the environments show, and writes it to the unroll. Returns it: obs, reward and done, (1, B, ...)."""
+        now = [x.to(self.t.device, non_blocking=True) for x in self.shown]
+        for steps, x in zip(self.unroll.shown, now):
+            steps.index_copy_(0, self.t, x)
+        return now
+
     @torch.no_grad()
     def act(self):
-        """One step of the policy. Returns actions (B,) and logits (B, 15); the state moves on."""
-        now = self.now
-        logits, _, state = self.agent(now.obs, now.reward, now.done, now.state)
-        for old, new in zip(now.state, state):
+        """One step of the policy: the unroll and the state move on, and the action comes to the host."""
+        logits, _, state = self.agent(*self.store(), self.state)
+        for old, new in zip(self.state, state):
             old.copy_(new)
-        clocks = torch.empty_like(logits[0]).exponential_(generator=self.generator)
-        return (logits[0].softmax(-1) / clocks).argmax(-1), logits[0]  # the first clock to ring is a sample of the softmax
+        clocks = torch.empty_like(logits).exponential_(generator=self.generator)
+        action = (logits.softmax(-1) / clocks).argmax(-1)  # the first clock to ring is a sample of the softmax
+        self.unroll.logits.index_copy_(0, self.t, logits)
+        self.unroll.action.index_copy_(0, self.t, action)
+        self.action.copy_(action[0].int(), non_blocking=True)
+        self.t += 1
 
     def observe(self):
-        """Waits for the environments and uploads what they show. Returns reward and done as NumPy arrays (B,)."""
+        """Waits for the environments. Returns reward and done as NumPy arrays (B,)."""
         self.waiting_since = time.monotonic()
         reward, obs, done = self.envs.observe()
         self.waiting_since = None
-        self.frames.copy_(torch.from_numpy(obs["rgb"]))
-        self.now.obs[0].copy_(self.frames, non_blocking=True)
-        self.now.reward[0].copy_(torch.from_numpy(reward))
-        self.now.done[0].copy_(torch.from_numpy(done))
+        for mine, theirs in zip(self.shown, (obs["rgb"], reward, done)):
+            mine.numpy()[0] = theirs
         return reward, done
 
     def play(self, unroll):
         """Fills the unroll with the next T steps. Returns it, or None if told to stop."""
-        now, unroll.version = self.now, self.weights.fetch(self.agent)
-        for mine, theirs in zip(now.state, unroll.state):
-            theirs.copy_(mine if self.args.carry_state else mine.zero_())
+        unroll.version = self.weights.fetch(self.agent)
+        for first, now in zip(self.unroll.state, self.state):
+            first.copy_(now if self.args.carry_state else now.zero_())
         if self.args.reward_clipping == "normalize":
             scales = [1 / self.episodes.spread(game) for game in self.games] * (self.args.num_envs // len(self.games))
-            unroll.reward_scale.copy_(torch.tensor([scales]))
-        for t in range(self.args.unroll_length):
+            self.unroll.reward_scale.copy_(torch.tensor([scales]))
+        self.t.zero_()
+        for _ in range(self.args.unroll_length):
             if self.stop.is_set():
                 return None
-            unroll.obs[t], unroll.reward[t], unroll.done[t] = now.obs[0], now.reward[0], now.done[0]
-            action, unroll.logits[t] = self.act()
-            unroll.action[t] = action
-            self.action.copy_(action, non_blocking=True)
+            self.act()
             synchronize()
             self.envs.act(self.action.numpy())
             reward, done = self.observe()
@@ -485,7 +497,9 @@ class Actor(threading.Thread):
             for n in np.flatnonzero(done):
                 self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
-        unroll.obs[-1], unroll.reward[-1], unroll.done[-1] = now.obs[0], now.reward[0], now.done[0]
+        self.store()
+        for theirs, mine in zip(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs)):
+            theirs.copy_(mine)
         synchronize()
         return unroll
 

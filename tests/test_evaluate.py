@@ -143,6 +143,14 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     assert together[::4].tolist() == alone
 
 
+def test_the_engine_s_threads_change_nothing(few_slots, monkeypatch):
+    """On a GPU they step the environments."""
+    args = script.Args(cuda=False, bf16=False)
+    inline = evaluate.play(SRWM, args, LEVELS)
+    monkeypatch.setattr(evaluate, "ENGINE_THREADS", {"cpu": 2})
+    assert evaluate.play(SRWM, args, LEVELS).tolist() == inline.tolist()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("greedy", [True, False])
 def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greedy):
