@@ -43,8 +43,8 @@ from impala_procgen_srwm import (
 from tables import FORMATS, summarize, tabulate
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
-SLOTS = {"cpu": 32, "cuda": 512}  # environments that a thread plays at once: the batch of its agent
-VECTOR = {"cpu": 4, "cuda": 64}  # how many of them play the same game
+SLOTS = {"cpu": 32, "cuda": 256}  # environments that a thread plays at once: the batch of its agent
+VECTOR = {"cpu": 4, "cuda": 32}  # how many of them play the same game
 ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
 
 
@@ -349,7 +349,7 @@ def play(agent, args, levels, greedy=True, seed=1, name="playing"):
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
     device = next(agent.parameters(), torch.zeros(())).device.type
-    most = max(1, num_cores() // (4 if device == "cuda" else 1))  # Python's threads share a lock: few, with much to do
+    most = max(1, num_cores() // (2 if device == "cuda" else 1))  # Python's threads share a lock: few, with much to do
     policies = [Policy(agent, args, greedy, seed) for _ in range(min(most, len(todo) + len(levels) // SLOTS[device]))]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
     with ThreadPoolExecutor(len(policies)) as pool:

@@ -196,7 +196,7 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
 
 
 def test_returns_and_lengths_of_each_game_are_logged(train):
-    run = train("--total-steps", 8000, "--log-interval", 5, "--unroll-length", 50)
+    run = train("--total-steps", 4000, "--log-interval", 5, "--unroll-length", 50)
     scalars = log(run)
     for kind in ("return", "normalized_return", "length"):
         assert {f"{kind}/bigfish", f"{kind}/fruitbot", f"{kind}/mean"} <= set(scalars)
