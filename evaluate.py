@@ -119,7 +119,7 @@ def choose_splits(args, mode, games, trained, trained_games):
     if mode == "exploration":
         if args.splits:
             raise ValueError("--splits does not go with the distribution mode exploration, which has one fixed level")
-        first_and_count = [(0, 1)]
+        begin, end, first_and_count = 0, 1, [(0, 1)]
     else:
         words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
         if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:

@@ -560,7 +560,7 @@ class Actors:
             self.free.put(None)
         for actor in self.actors:
             if actor.is_alive():
-                actor.join(timeout=5)  # a stuck one never ends
+                actor.join(timeout=2)  # a stuck one never ends
 
 
 class Learner:

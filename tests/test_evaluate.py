@@ -168,6 +168,11 @@ def test_other_seeds_sample_other_actions(few_slots):
     assert first != second
 
 
+def test_the_one_level_of_exploration_is_a_training_level_whatever_the_start_level():
+    trained = script.Args(distribution_mode="exploration", start_level=7)
+    assert evaluate.choose_splits(evaluate.Args(), "exploration", ["maze"], trained, ["maze"]) == [(0, 1, "train")]
+
+
 @pytest.mark.parametrize("mode, seed", [("hard", 1234), ("exploration", script.EXPLORATION_LEVEL_SEEDS["maze"])])
 def test_levels_are_those_of_the_mode(mode, seed):
     args = script.Args(cuda=False, distribution_mode=mode)
