@@ -43,8 +43,8 @@ from impala_procgen_srwm import (
 from tables import FORMATS, summarize, tabulate
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
-SLOTS = {"cpu": 32, "cuda": 256}  # environments that a thread plays at once: the batch of its agent
-VECTOR = {"cpu": 4, "cuda": 32}  # how many of them play the same game
+SLOTS = {"cpu": 32, "cuda": 64}  # environments that a thread plays at once: the batch of its agent
+VECTOR = {"cpu": 4, "cuda": 16}  # how many of them play the same game
 ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
 
 
@@ -248,6 +248,7 @@ class Policy:
         self.initial, self.state = agent.initial_state(B), agent.initial_state(B)
         self.stream = torch.cuda.Stream() if cuda and graph else None
         if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.forward()
             self.forward = capture(self.forward, self.stream)

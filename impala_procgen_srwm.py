@@ -435,6 +435,7 @@ class Actor(threading.Thread):
         self.stream = None
         if args.cuda:
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
+            self.stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above get their first values
             with torch.cuda.stream(self.stream):
                 self.act()
             self.act = capture(self.act, self.stream, self.generator)
@@ -638,7 +639,9 @@ class Learner:
 
     def step(self):
         """One step of RMSprop with the clipped gradient. Returns the gradient's norm before."""
-        gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
+        norms = torch._foreach_norm([parameter.grad for parameter in self.agent.parameters()], dtype=torch.float64)
+        gradient_norm = torch.stack(norms).norm().float()  # 1e30 has no square in float32, and is as good to clip as 1e3
+        nn.utils.clip_grads_with_norm_(self.agent.parameters(), self.args.grad_norm_clipping, gradient_norm)
         self.optimizer.step()
         return gradient_norm
 

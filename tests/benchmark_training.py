@@ -1,23 +1,28 @@
-"""Whole training runs, one after another on a machine that does nothing else: steps a second, their ratio to the first run's,
-policy lag, return and memory, as a Markdown table.
+"""Whole training runs on a machine that does nothing else: steps a second, their ratio to the first run's, policy lag, return
+and memory, as a Markdown table.
 
     python tests/benchmark_training.py agents                       the seven agents of the paper, two minutes each
     python tests/benchmark_training.py agents --steps 10000000      the same for ten million steps each
     python tests/benchmark_training.py costs --seconds 20           one agent: cores, environments, games, batch, head size
     python tests/benchmark_training.py costs --only "default|game"  those rows alone
+    python tests/benchmark_training.py costs --turns 5 --seconds 8  all at once, by turns of 8 seconds: where others disturb
     python tests/benchmark_training.py scaling                      one agent on 1, 2, 4, ... GPUs with as many cores for each
     python tests/benchmark_training.py agents --env maze            what it does not know goes to the scripts
 
-The runs stay under runs/, for TensorBoard and evaluate.py. Steps a second are a mean, from the first status line ten seconds
-after training began to the last.
+The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first status
+line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped: a ratio is
+that of two turns in one round, so that a host that is slower for a while slows both.
 """
 
 import argparse
+import atexit
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +34,7 @@ sys.path.insert(0, str(PROJECT))
 import impala_procgen_srwm as srwm  # noqa: E402
 
 WARM_UP = 10  # seconds
+SETTLE = 2  # seconds after a turn's begin that do not count
 AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta", "delta": "delta",
           "lstm": "lstm", "fake_sr": "fake_sr"}
 ENVIRONMENTS = {  # actors and environments of each, by whether there is a GPU
@@ -63,37 +69,96 @@ def gpu_memory():
     return int(subprocess.run(words, text=True, capture_output=True, check=True).stdout) / 1024
 
 
-def measure(number, words, cores, processes, seconds, steps):
-    """Trains until enough is measured. Returns steps a second, steps, policy lag, normalised return, GB on GPU and host."""
-    script, *words = words.split()
-    name = f"benchmark_{os.getpid()}_{number}"
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
-    command = [sys.executable, *launch, PROJECT / f"impala_procgen_{script}.py", *words, "--exp-name", name]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]))
-    lines, measured, memory = [], [], None  # (time, step) of each status line, and of those after the warm-up
-    for line in process.stdout:
-        if (status := re.match(r"step ([\d,]+) of", line)) and process.poll() is None:
-            lines.append((time.time(), int(status[1].replace(",", ""))))
-            measured = [at for at in lines if at[0] >= lines[0][0] + WARM_UP - 5]  # the first comes after five seconds
-            enough = lines[-1][1] >= steps if steps else measured and lines[-1][0] - measured[0][0] >= seconds
-            if enough and memory is None:
-                memory = gpu_memory()
-                process.send_signal(signal.SIGTERM)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode and processes == 1 or len(measured) < 2:  # torchrun says 1 when it was told to stop
-        sys.exit(f"{' '.join(map(str, command))}: exit status {process.returncode}, {len(lines)} status lines")
-    (begin, first), (end, last) = measured[0], measured[-1]
-    (run,) = Path("runs").glob(f"{name}__*")
-    log = EventAccumulator(str(run)).Reload()
+class Run:
+    """A training process, and the time and step of each status line that it has printed."""
 
-    def mean_of_last_tenth(tag):
-        values = [event.value for event in log.Scalars(tag) if event.step >= 0.9 * last] if tag in log.Tags()["scalars"] else []
-        return sum(values) / len(values) if values else float("nan")
+    def __init__(self, number, words, cores, processes):
+        script, *words = words.split()
+        self.exp_name, self.lines = f"benchmark_{os.getpid()}_{number}", []
+        launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
+        self.command = [sys.executable, *launch, PROJECT / f"impala_procgen_{script}.py", *words, "--exp-name", self.exp_name]
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True,
+                                        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]))
+        atexit.register(self.process.terminate if processes > 1 else self.process.kill)  # also one that is stopped
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
 
-    averages = [mean_of_last_tenth(tag) for tag in ("policy_lag", "normalized_return/mean")]
-    return (last - first) / (end - begin), last, *averages, memory, usage.ru_maxrss / 2**20
+    def read(self):
+        for line in self.process.stdout:
+            if status := re.match(r"step ([\d,]+) of", line):
+                self.lines.append((time.time(), int(status[1].replace(",", ""))))
+
+    def since(self, begin):
+        """Seconds and steps between the first and the last status line after this time."""
+        lines = [line for line in self.lines if line[0] >= begin] or [(0, 0)]
+        return lines[-1][0] - lines[0][0], lines[-1][1] - lines[0][1]
+
+    def wait(self, until):
+        """Waits until something is true of this run. Ends the benchmark if the run ends without."""
+        while not until():
+            if self.process.poll() is not None:
+                self.reader.join()
+                if until():
+                    return
+                sys.exit(f"{' '.join(map(str, self.command))}: ended with status {self.process.returncode}")
+            time.sleep(0.1)
+
+    def turn(self, seconds):
+        """Lets this run go on for a while. Returns steps a second."""
+        self.process.send_signal(signal.SIGCONT)
+        begin = time.time() + SETTLE
+        self.wait(lambda: self.since(begin)[0] >= seconds)
+        self.process.send_signal(signal.SIGSTOP)
+        seconds, steps = self.since(begin)
+        return steps / seconds
+
+    def whole(self, seconds, steps):
+        """Lets this run go on until enough is measured. Returns steps a second and their number."""
+        self.wait(lambda: self.lines)
+        begin = self.lines[0][0] + WARM_UP - 5  # the first comes after five seconds
+        self.wait(lambda: self.lines[-1][1] >= steps if steps else self.since(begin)[0] >= seconds)
+        seconds, done = self.since(begin)
+        return done / seconds, self.lines[-1][1]
+
+    def end(self):
+        """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in GB."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGCONT)
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        (run,) = Path("runs").glob(f"{self.exp_name}__*")
+        log, means = EventAccumulator(str(run)).Reload(), []
+        for tag in ("policy_lag", "normalized_return/mean"):
+            events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
+            means.append(statistics.mean([e.value for e in events if e.step >= 0.9 * events[-1].step] or [float("nan")]))
+        return *means, usage.ru_maxrss / 2**20
+
+
+def one_after_another(rows, seconds, steps):
+    print("| run | steps a second | ratio | steps | policy lag | mean normalised return | host memory, GB | GPU memory, GB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    base = None
+    for number, (name, *row) in enumerate(rows):
+        run = Run(number, *row)
+        (speed, last), memory = run.whole(seconds, steps), gpu_memory()
+        base = base or speed
+        line = "| {} | {:,.0f} | {:.2f} | {:,} | {:.1f} | {:.3f} | {:.1f} | {:.1f} |"
+        print(line.format(name, speed, speed / base, last, *run.end(), memory), flush=True)
+
+
+def by_turns(rows, seconds, turns):
+    runs = [Run(number, f"{words} --log-interval 0.5", *row) for number, (_, words, *row) in enumerate(rows)]
+    for run in runs:
+        run.wait(lambda run=run: run.lines)
+        run.process.send_signal(signal.SIGSTOP)
+    speeds = [[run.turn(seconds) for run in runs] for _ in range(turns)]  # (turns, runs)
+    print("| run | steps a second, median (least, greatest) | ratio, median (least, greatest) | policy lag | host memory, GB |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for run, (name, *_), column in zip(runs, rows, zip(*speeds)):
+        ratios = [speed / row[0] for speed, row in zip(column, speeds)]
+        lag, _, memory = run.end()
+        words = [f"{statistics.median(x):{f}} ({min(x):{f}}, {max(x):{f}})" for x, f in ((column, ",.0f"), (ratios, ".2f"))]
+        print(f"| {name} | {words[0]} | {words[1]} | {lag:.1f} | {memory:.1f} |", flush=True)
 
 
 def main():
@@ -102,19 +167,18 @@ def main():
     parser.add_argument("which", choices=("agents", "costs", "scaling"))
     parser.add_argument("--seconds", type=float, default=120, help="to measure each run for")
     parser.add_argument("--steps", type=int, help="to train each run for, instead")
+    parser.add_argument("--turns", type=int, help="have all runs in memory, and let each go on so often")
     parser.add_argument("--agent", default="srwm", help="whose costs or scaling to measure")
     parser.add_argument("--only", default="", help="regular expression for the names of the runs to make")
     args, words_for_all = parser.parse_known_args()
-    print("| run | steps a second | ratio | steps | policy lag | mean normalised return | GPU memory, GB | host memory, GB |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
-    base = None
-    for number, (name, words, cores, processes) in enumerate(settings(args.which, args.agent)):
-        if not re.search(args.only, name):
-            continue
-        sps, *rest = measure(number, " ".join([words, *words_for_all]), cores, processes, args.seconds, args.steps)
-        base = base or sps
-        row = "| {} | {:,.0f} | {:.2f} | {:,} | {:.1f} | {:.3f} | {:.1f} | {:.1f} |"
-        print(row.format(name, sps, sps / base, *rest), flush=True)
+    if args.turns and (args.steps or args.which == "scaling"):
+        parser.error("--turns goes neither with --steps nor with scaling")
+    rows = [(name, " ".join([words, *words_for_all]), *more) for name, words, *more in settings(args.which, args.agent)
+            if re.search(args.only, name)]
+    if args.turns:
+        by_turns(rows, args.seconds, args.turns)
+    else:
+        one_after_another(rows, args.seconds, args.steps)
 
 
 if __name__ == "__main__":
