@@ -646,9 +646,7 @@ class Learner:
 
     def step(self):
         """One step of RMSprop with the clipped gradient. Returns the gradient's norm before."""
-        norms = torch._foreach_norm([parameter.grad for parameter in self.agent.parameters()], dtype=torch.float64)
-        gradient_norm = torch.stack(norms).norm().float()  # 1e30 has no square in float32, and is as good to clip as 1e3
-        nn.utils.clip_grads_with_norm_(self.agent.parameters(), self.args.grad_norm_clipping, gradient_norm)
+        gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
         self.optimizer.step()
         return gradient_norm
 
