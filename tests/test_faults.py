@@ -22,9 +22,9 @@ TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --b
 STEPS = 10  # of an update with these
 
 
-def start(folder, *words):
+def start(folder, *words, **variables):
     words = [sys.executable, SCRIPT, *TINY, *map(str, words)]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")  # two of these run at once on two cores
+    environment = os.environ | dict(OMP_NUM_THREADS="1") | variables  # two of these run at once on two cores
     return subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
@@ -243,12 +243,15 @@ def test_a_gpu_that_is_too_small_is_explained(command):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_weights_and_biases_out_of_reach_does_not_end_training(tmp_path):
-    environment = os.environ | dict(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="1")
-    words = [sys.executable, SCRIPT, *TINY, "--total-steps", "40", "--track"]
-    end = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, env=environment, timeout=120)
-    assert end.returncode == 0, end.stderr
-    assert "training goes on without Weights & Biases" in end.stdout and "checkpoint.pt at step 40" in end.stdout
+def test_weights_and_biases_works_offline_and_out_of_reach_does_not_end_training(tmp_path):
+    words = ("--total-steps", 40, "--track", "--exp-name")
+    nowhere = dict(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="1")
+    offline, alone = start(tmp_path, *words, "offline", WANDB_MODE="offline"), start(tmp_path, *words, "alone", **nowhere)
+    for process in (offline, alone):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and "checkpoint.pt at step 40" in out, err
+        assert ("training goes on without Weights & Biases" in out) == (process is alone)
+    assert list(tmp_path.glob("runs/offline__*/wandb/offline-run-*/*.wandb"))
 
 
 def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(train, tmp_path):
