@@ -96,19 +96,19 @@ class Run:
     def wait(self, until):
         """Waits until something is true of this run. Ends the benchmark if the run ends without."""
         while not until():
-            if self.process.poll() is not None:
+            if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # leaves it to `end` to reap
                 self.reader.join()
                 if until():
                     return
-                sys.exit(f"{' '.join(map(str, self.command))}: ended with status {self.process.returncode}")
+                sys.exit(f"{' '.join(map(str, self.command))}: ended too early")
             time.sleep(0.1)
 
     def turn(self, seconds):
         """Lets this run go on for a while. Returns steps a second."""
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self.process.pid, signal.SIGCONT)
         begin = time.time() + SETTLE
         self.wait(lambda: self.since(begin)[0] >= seconds)
-        self.process.send_signal(signal.SIGSTOP)
+        os.kill(self.process.pid, signal.SIGSTOP)
         seconds, steps = self.since(begin)
         return steps / seconds
 
@@ -122,10 +122,12 @@ class Run:
 
     def end(self):
         """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in GB."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self.process.pid, signal.SIGTERM)
+        os.kill(self.process.pid, signal.SIGCONT)
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
+        if self.process.returncode and "torch.distributed.run" not in self.command:  # which says 1 when it was told to stop
+            sys.exit(f"{' '.join(map(str, self.command))}: exit status {self.process.returncode}")
         (run,) = Path("runs").glob(f"{self.exp_name}__*")
         log, means = EventAccumulator(str(run)).Reload(), []
         for tag in ("policy_lag", "normalized_return/mean"):
@@ -150,7 +152,7 @@ def by_turns(rows, seconds, turns):
     runs = [Run(number, f"{words} --log-interval 0.5", *row) for number, (_, words, *row) in enumerate(rows)]
     for run in runs:
         run.wait(lambda run=run: run.lines)
-        run.process.send_signal(signal.SIGSTOP)
+        os.kill(run.process.pid, signal.SIGSTOP)
     speeds = [[run.turn(seconds) for run in runs] for _ in range(turns)]  # (turns, runs)
     print("| run | steps a second, median (least, greatest) | ratio, median (least, greatest) | policy lag | host memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: |")
