@@ -11,19 +11,19 @@ def srwm(x, W, state, done, bptt_length=None):
     """The self-referential weight matrix of Irie et al. 2022 (arXiv 2202.05780), equations 5 to 8; see `srwm_cuda.srwm`."""
     D, columns = W.shape[-2:]
     parts = (columns - 2 * D - 4, D, D, 4)  # y, q, k, beta
-    ys = []
+    W_t, ys = W + state, []  # (B, H, D, Y + 2D + 4)
     for t in range(len(x)):
         if bptt_length and t > 0 and t % bptt_length == 0:
-            state = state.detach()
-        state = state.masked_fill(done[t, :, None, None, None], 0.0)
-        W_t = W + state  # (B, H, D, Y + 2D + 4)
+            W_t = W + (W_t - W).detach()
+        if _may_begin_episodes(done[t]):
+            W_t = torch.where(done[t, :, None, None, None], W, W_t)
         y, q, k, b = torch.einsum("bhi,bhij->bhj", x[t], W_t).split(parts, dim=-1)
         q, k = q.softmax(-1), k.softmax(-1)
         beta = torch.cat([rate.expand(*rate.shape[:-1], n) for rate, n in zip(b.sigmoid().split(1, -1), parts)], dim=-1)
         change = beta * torch.einsum("bhi,bhij->bhj", q - k, W_t)
-        state = state + torch.einsum("bhi,bhj->bhij", k, change)
+        W_t = torch.addcmul(W_t, k[..., :, None], change[..., None, :])  # plus the outer product
         ys.append(y)
-    return torch.stack(ys), state
+    return torch.stack(ys), W_t - W
 
 
 def delta_rule(q, k, v, beta, state, done, bptt_length=None):
@@ -32,8 +32,14 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
     for t in range(len(q)):
         if bptt_length and t > 0 and t % bptt_length == 0:
             state = state.detach()
-        state = state.masked_fill(done[t, :, None, None, None], 0.0)  # F: (B, H, D, V)
+        if _may_begin_episodes(done[t]):
+            state = state.masked_fill(done[t, :, None, None, None], 0.0)  # F: (B, H, D, V)
         change = beta[t, ..., None] * (v[t] - torch.einsum("bhi,bhij->bhj", k[t], state))
-        state = state + torch.einsum("bhi,bhj->bhij", k[t], change)
+        state = torch.addcmul(state, k[t, ..., :, None], change[..., None, :])
         outs.append(torch.einsum("bhi,bhij->bhj", q[t], state))
     return torch.stack(outs), state
+
+
+def _may_begin_episodes(done):
+    """Whether there is something to reset. A GPU is not asked: it would have to be waited for."""
+    return done.is_cuda or done.any()
