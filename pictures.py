@@ -166,6 +166,8 @@ def plot(runs, rows, target):
         for axis, game in zip(bottom.subplots(down, across, squeeze=False).flat, games):
             draw_curves(axis, found, f"return/{game}", colors)
             axis.set_title(f"{game}, return")
+    labels = right.get_legend_handles_labels()[1]
+    figure.legend(loc="outside lower left", ncols=1 if max(map(len, labels)) > 80 else 2, fontsize=8)
     figure.savefig(target)
     plt.close(figure)
 
@@ -200,7 +202,6 @@ def draw_bars(axis, rows, models, colors):
     axis.set_xticks(range(len(games)), [*games[:-1], "all"])
     axis.axhline(0, color="#333333", linewidth=0.8)
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, fontsize=8)
 
 
 def record(function):

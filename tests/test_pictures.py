@@ -91,6 +91,16 @@ def test_agents_without_self_reference_cannot_be_probed(train, score, refused, c
 
 
 @needs_matplotlib
+def test_long_names_of_models_leave_the_curves_their_room(train, score, monkeypatch):
+    runs = [train("--total-steps", 20, "--entropy-cost", cost, "--reward-clipping", clipping, "--discounting", 1 - cost)
+            for cost, clipping in ((0.005, "normalize"), (0.0123, "abs_one"))]
+    drawn, draw_curves = [], pictures.draw_curves
+    monkeypatch.setattr(pictures, "draw_curves", lambda axis, *rest: drawn.append((axis, draw_curves(axis, *rest))))
+    score(*runs, "--splits", "0", "1000", "--num-levels", 1, "--plot", "plot.png")
+    assert drawn[0][0].get_position().width > 0.3  # of the figure's
+
+
+@needs_matplotlib
 def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, monkeypatch):
     runs = [train("--total-steps", 20, "--seed", seed) for seed in (1, 2)]
     for run in runs:
