@@ -11,7 +11,8 @@ def srwm(x, W, state, done, bptt_length=None):
     """The self-referential weight matrix of Irie et al. 2022 (arXiv 2202.05780), equations 5 to 8; see `srwm_cuda.srwm`."""
     D, columns = W.shape[-2:]
     parts = (columns - 2 * D - 4, D, D, 4)  # y, q, k, beta
-    W_t, ys = W + state, []  # (B, H, D, Y + 2D + 4)
+    W_t = W + state  # (B, H, D, Y + 2D + 4)
+    ys = []
     for t in range(len(x)):
         if bptt_length and t > 0 and t % bptt_length == 0:
             W_t = W + (W_t - W).detach()
@@ -21,7 +22,7 @@ def srwm(x, W, state, done, bptt_length=None):
         q, k = q.softmax(-1), k.softmax(-1)
         beta = torch.cat([rate.expand(*rate.shape[:-1], n) for rate, n in zip(b.sigmoid().split(1, -1), parts)], dim=-1)
         change = beta * torch.einsum("bhi,bhij->bhj", q - k, W_t)
-        W_t = torch.addcmul(W_t, k[..., :, None], change[..., None, :])  # plus the outer product
+        W_t = torch.addcmul(W_t, k[..., :, None], change[..., None, :])  # W_t + outer(k, change)
         ys.append(y)
     return torch.stack(ys), W_t - W
 
@@ -35,11 +36,11 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
         if _may_begin_episodes(done[t]):
             state = state.masked_fill(done[t, :, None, None, None], 0.0)  # F: (B, H, D, V)
         change = beta[t, ..., None] * (v[t] - torch.einsum("bhi,bhij->bhj", k[t], state))
-        state = torch.addcmul(state, k[t, ..., :, None], change[..., None, :])
+        state = torch.addcmul(state, k[t, ..., :, None], change[..., None, :])  # state + outer(k, change)
         outs.append(torch.einsum("bhi,bhij->bhj", q[t], state))
     return torch.stack(outs), state
 
 
 def _may_begin_episodes(done):
-    """Whether there is something to reset. A GPU is not asked: it would have to be waited for."""
+    """Whether there may be something to reset. A GPU is not asked: one would have to wait for it, and a graph cannot."""
     return done.is_cuda or done.any()

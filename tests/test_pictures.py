@@ -90,32 +90,35 @@ def test_agents_without_self_reference_cannot_be_probed(train, score, refused, c
     refused(lambda: score("--probe", "probe.png"), "--probe", "srwm_cuda.srwm", "impala_procgen_lstm.py")
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes with curves, in the order in which a plot draws them."""
+    axes, draw_curves = [], pictures.draw_curves
+    monkeypatch.setattr(pictures, "draw_curves", lambda axis, *rest: axes.append(axis) or draw_curves(axis, *rest))
+    return axes
+
+
 @needs_matplotlib
-def test_long_names_of_models_leave_the_curves_their_room(train, score, monkeypatch):
+def test_long_names_of_models_leave_the_curves_their_room(train, score, drawn):
     runs = [train("--total-steps", 20, "--entropy-cost", cost, "--reward-clipping", clipping, "--discounting", 1 - cost)
             for cost, clipping in ((0.005, "normalize"), (0.0123, "abs_one"))]
-    drawn, draw_curves = [], pictures.draw_curves
-    monkeypatch.setattr(pictures, "draw_curves", lambda axis, *rest: drawn.append((axis, draw_curves(axis, *rest))))
     score(*runs, "--splits", "0", "1000", "--num-levels", 1, "--plot", "plot.png")
-    assert drawn[0][0].get_position().width > 0.3  # of the figure's
+    assert drawn[0].get_position().width > 0.3  # of the figure's
 
 
 @needs_matplotlib
-def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, monkeypatch):
+def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, drawn):
     runs = [train("--total-steps", 20, "--seed", seed) for seed in (1, 2)]
     for run in runs:
         with SummaryWriter(run) as writer:
             for step in range(3):
                 for tag in ("return/bigfish", "valid_return/bigfish", "normalized_return/mean", "valid_normalized_return/mean"):
                     writer.add_scalar(tag, step, step * 1000)
-    drawn = []
-    draw_curves = pictures.draw_curves
-    monkeypatch.setattr(pictures, "draw_curves", lambda axis, *rest: drawn.append((axis, draw_curves(axis, *rest))))
     score(*runs, "--splits", "0", "1000", "--num-levels", 1, "--plot", "plot.png")
     assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 10
-    lines = [(line.get_linestyle(), list(line.get_ydata())) for line in drawn[0][0].lines]
+    lines = [(line.get_linestyle(), list(line.get_ydata())) for line in drawn[0].lines]
     assert lines == [("-", [0, 1, 2])] * 3 + [("--", [0, 1, 2])] * 3  # two seeds and their mean
-    assert [text.get_text() for text in drawn[2][0].texts] == ["no return/fruitbot in TensorBoard files\nbeside the checkpoint"]
+    assert [text.get_text() for text in drawn[2].texts] == ["no return/fruitbot in TensorBoard files\nbeside the checkpoint"]
 
 
 def test_without_matplotlib_one_line_says_how_to_install_it(train, score, refused, capsys, monkeypatch):
