@@ -3,27 +3,24 @@
     y, new_state = srwm_cuda.srwm(x, W, state, done)
     out, new_state = srwm_cuda.delta_rule(q, k, v, beta, state, done)
 
-CUDA tensors of float32 take the kernels (compiled at first use, in seconds, with `nvcc`; cached as PyTorch caches its
-extensions); all others take `srwm_cuda.reference`, a loop over time that reads like the equations.
+CUDA tensors of float32 take the kernels, which `srwm_cuda.kernels` compiles at first use, in seconds, with nothing but what
+PyTorch brings along; if that fails, a warning says why. All others take `srwm_cuda.reference`, a loop over time that reads like
+the equations.
 """
 
 import functools
-import pathlib
-import shutil
-import sys
-import threading
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import kernels, reference
 
 __all__ = ["delta_rule", "reference", "srwm"]
 
 KERNEL_HEAD_SIZES = (8, 16, 32, 64)
-MAX_COLUMNS = 512  # of a matrix, as in common.cuh: one thread each
-_compiling = threading.Lock()
+MAX_COLUMNS, LANES = 512, 4  # as in common.cuh: columns of a matrix, and threads that sum over those of one row together
 
 
 def srwm(x, W, state, done, bptt_length=None):
@@ -57,7 +54,7 @@ def srwm(x, W, state, done, bptt_length=None):
     _check_like("W", W, (H, D, columns), "x", x)
     _check_like("state", state, (B, H, D, columns), "x", x)
     _check_done_and_bptt_length(done, bptt_length, (T, B), "x", x)
-    if _kernels_take("srwm", "x", x, "W", columns):
+    if _kernels_take(_srwm_launches, "x", x, "W", columns):
         return _SRWM.apply(x, W, state, done, bptt_length or 0, torch.is_grad_enabled())
     return reference.srwm(x, W, state, done, bptt_length)
 
@@ -94,7 +91,7 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
     _check_like("beta", beta, (T, B, H), "q", q)
     _check_like("state", state, (B, H, D, V), "q", q)
     _check_done_and_bptt_length(done, bptt_length, (T, B), "q", q)
-    if _kernels_take("delta_rule", "q", q, "v", V):
+    if _kernels_take(_delta_rule_launches, "q", q, "v", V):
         return _DeltaRule.apply(q, k, v, beta, state, done, bptt_length or 0, torch.is_grad_enabled())
     return reference.delta_rule(q, k, v, beta, state, done, bptt_length)
 
@@ -107,26 +104,27 @@ class _SRWM(torch.autograd.Function):
         x, W, state, done = x.contiguous(), W.contiguous(), state.contiguous(), done.contiguous()
         T, B, H, D = x.shape
         columns = W.shape[-1]
-        sizes = (T, B, H, D, columns - 2 * D - 4)
-        y, new_state = x.new_empty(T, B, H, sizes[-1]), torch.empty_like(state)
+        Y = columns - 2 * D - 4
+        y, new_state = x.new_empty(T, B, H, Y), torch.empty_like(state)
         saved = (None, None, None)  # q, k and beta; (q - k) W; first step of each step's episode
         if grad_enabled and any(ctx.needs_input_grad):
             saved = x.new_empty(T, B, H, 2 * D + 4), x.new_empty(T, B, H, columns), done.new_empty(T, B, dtype=torch.int32)
-        _launch(_kernels().srwm_forward, *sizes, x, W, state, done, y, new_state, *saved)
+        _srwm_launches(D, columns)[0](B * H, (T, B, H, Y, columns, 0), x, W, state, done, y, new_state, *saved)
         ctx.save_for_backward(x, W, state, new_state, *saved)
         ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.bptt_length = sizes, bptt_length
+        ctx.shape = (T, B, H, Y, columns, bptt_length)
         return y, new_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_new_state):
         x, W, state, *saved = ctx.saved_tensors
-        grad_y = x.new_zeros(*x.shape[:3], ctx.sizes[-1]) if grad_y is None else grad_y.contiguous()
+        T, B, H, Y, columns, _ = ctx.shape
+        grad_y = x.new_zeros(T, B, H, Y) if grad_y is None else grad_y.contiguous()
         grad_new_state = None if grad_new_state is None else grad_new_state.contiguous()  # None, as in training: zeros
         grad_x, grad_W, grad_state = torch.empty_like(x), torch.empty_like(state), torch.empty_like(state)
-        _launch(_kernels().srwm_backward, *ctx.sizes, ctx.bptt_length, x, W, state, *saved, grad_y, grad_new_state,
-                grad_x, grad_W, grad_state)
+        _srwm_launches(x.shape[-1], columns)[1](B * H, ctx.shape, x, W, state, *saved, grad_y, grad_new_state,
+                                                grad_x, grad_W, grad_state)
         return grad_x, grad_W.sum(0), grad_state, None, None, None  # each environment its own part of grad_W: no atomics
 
 
@@ -134,14 +132,14 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, state, done, bptt_length, grad_enabled):
         q, k, v, beta, state, done = (tensor.contiguous() for tensor in (q, k, v, beta, state, done))
-        sizes = (*q.shape, v.shape[-1])  # T, B, H, D, V
+        (T, B, H, D), V = q.shape, v.shape[-1]
         out, new_state = torch.empty_like(v), torch.empty_like(state)
         saved = (None, None)  # v - k F; first step of each step's episode
         if grad_enabled and any(ctx.needs_input_grad):
             saved = torch.empty_like(v), torch.empty_like(done, dtype=torch.int32)
-        _launch(_kernels().delta_rule_forward, *sizes, q, k, v, beta, state, done, out, new_state, *saved)
+        _delta_rule_launches(D, V)[0](B * H, (T, B, H, V, 0), q, k, v, beta, state, done, out, new_state, *saved)
         ctx.save_for_backward(q, k, beta, state, *saved)
-        ctx.sizes, ctx.bptt_length = sizes, bptt_length
+        ctx.shape = (T, B, H, V, bptt_length)
         return out, new_state
 
     @staticmethod
@@ -149,13 +147,56 @@ class _DeltaRule(torch.autograd.Function):
     def backward(ctx, grad_out, grad_new_state):
         q, k, beta, state, error, episode = ctx.saved_tensors
         grads = [torch.empty_like(tensor) for tensor in (q, k, error, beta, state)]  # v's shape is that of its error
-        _launch(_kernels().delta_rule_backward, *ctx.sizes, ctx.bptt_length, q, k, beta, state, error, episode,
-                grad_out.contiguous(), grad_new_state.contiguous(), *grads)
+        _, B, H, V, _ = ctx.shape
+        _delta_rule_launches(q.shape[-1], V)[1](B * H, ctx.shape, q, k, beta, state, error, episode,
+                                                grad_out.contiguous(), grad_new_state.contiguous(), *grads)
         return *grads, None, None, None
 
 
-def _kernels_take(function, first_name, first, wide_name, columns):
-    """Whether the kernels run the function of that name. On CUDA, sizes that they never take are errors: of the head size D,
+class _Launch(NamedTuple):
+    """How a kernel is launched for given sizes. Called with the number of blocks, one for each environment and head, and with
+    the kernel's arguments."""
+
+    source: str
+    kernel: str
+    threads: int
+    shared_bytes: int = 0
+
+    def __call__(self, blocks, *arguments):
+        kernels.launch(self.source, self.kernel, (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, *arguments)
+
+
+@functools.cache
+def _srwm_launches(D, columns):
+    """Forward and backward. PARTS threads share a column's D rows; the fewer threads at most, the more registers has each."""
+    parts = 2 if D > 32 else 1
+    forward = _Launch("srwm.cu", f"srwm_forward_kernel<{D}, {parts}>", _round_up(columns * parts, 32))
+    parts, fewer = (4, 2) if D > 32 else (D // 8, (D // 8 + 1) // 2)
+    most = MAX_COLUMNS * fewer
+    variants = [(parts, 800 if D > 16 else 512), (fewer, 768 if D > 32 else most), (fewer, most)]
+    parts, max_threads = next(variant for variant in variants if columns * variant[0] <= variant[1])
+    rows, threads = D // parts, _round_up(columns * parts, 32)
+    floats = 8 * D * _round_up(threads // 32, 4) + 4 * _round_up(D + 2 * columns + 1, 4)  # sums, and four steps' inputs
+    floats += rows * max_threads if rows > 16 else 0  # W
+    return forward, _Launch("srwm.cu", f"srwm_backward_kernel<Variant<{D}, {parts}, {max_threads}>>", threads, 4 * floats)
+
+
+@functools.cache
+def _delta_rule_launches(D, V):
+    """Forward and backward, whose rows in shared memory are padded to an odd multiple of what LANES threads read at once."""
+    forward = _Launch("delta_rule.cu", f"delta_rule_forward_kernel<{D}>", _round_up(max(V, 2 * D), 32))
+    width = 4 * LANES
+    floats = 4 * D + (6 + 2 * D) * (_round_up(V - width, 2 * width) + width)
+    threads = _round_up(max(V, D * LANES + 32), 32)
+    return forward, _Launch("delta_rule.cu", f"delta_rule_backward_kernel<{D}>", threads, 4 * floats)
+
+
+def _round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+def _kernels_take(launches, first_name, first, wide_name, columns):
+    """Whether the kernels of these launches run. On CUDA, sizes that they never take are errors: of the head size D,
     which the first argument ends in, and of the columns of the matrix, which another one does."""
     if not first.is_cuda:
         return False
@@ -164,42 +205,16 @@ def _kernels_take(function, first_name, first, wide_name, columns):
         raise ValueError(f"{first_name}: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {D}")
     if columns > MAX_COLUMNS:
         raise ValueError(f"{wide_name}: on CUDA, at most {MAX_COLUMNS} columns, got {columns}")
-    if first.dtype != torch.float32 or (kernels := _kernels()) is None:
+    if first.dtype != torch.float32:
         return False
-    needed = getattr(kernels, f"{function}_backward_shared_memory")(D, columns)
-    if needed > torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin:
-        _warn_once(f"srwm_cuda: {function} with D = {D} and {columns} columns needs {needed // 1024} KiB of shared memory, "
-                   "which this GPU lacks: PyTorch's version runs, many times slower")
+    forward, backward = launches(D, columns)
+    if backward.shared_bytes > torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin:
+        _warn_once(f"srwm_cuda: {forward.source} with D = {D} and {columns} columns needs {backward.shared_bytes // 1024} KiB "
+                   "of shared memory, which this GPU lacks: PyTorch's version runs, many times slower")
         return False
-    return True
-
-
-def _launch(kernel, *arguments):
-    """Calls a launcher on the current stream of the tensors' device; tensors go as addresses, None as the null pointer."""
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    with torch.cuda.device(device):
-        addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
-        kernel(*addresses, torch.cuda.current_stream(device).cuda_stream)
-
-
-def _kernels():
-    """The compiled extension; None, with a warning, where it cannot be compiled."""
-    with _compiling:  # actor threads may be the first users
-        return _compile()
-
-
-@functools.cache
-def _compile():
-    from torch.utils.cpp_extension import CUDA_HOME, load
-
-    if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
-        warnings.warn("srwm_cuda: no nvcc found, so PyTorch's version of the kernels runs, many times slower; install the "
-                      "CUDA toolkit that matches torch.version.cuda, or set CUDA_HOME", stacklevel=2)
-        return None
-    print("srwm_cuda: loading the CUDA kernels (compiled at first use, about 20 s)", file=sys.stderr, flush=True)
-    folder = pathlib.Path(__file__).parent
-    return load("srwm_cuda_kernels", [str(folder / name) for name in ("binding.cpp", "delta_rule.cu", "srwm.cu")],
-                extra_cflags=["-O3"], extra_cuda_cflags=["-O3"])
+    architecture = kernels.architecture_of(first.device)
+    needed = (forward, backward) if torch.is_grad_enabled() else (forward,)
+    return all(kernels.can_compile(launch.source, launch.kernel, architecture) for launch in needed)
 
 
 @functools.cache
