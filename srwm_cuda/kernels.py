@@ -77,7 +77,7 @@ def compiled(source, kernel, architecture):
         RuntimeError: the kernel does not compile; with the first error.
     """
     texts = (FOLDER / source).read_bytes(), (FOLDER / HEADER).read_bytes()
-    options = f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"
+    options = f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17", b"--device-as-default-execution-space"
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "srwm_cuda")
     key = repr((texts, kernel, options, _nvrtc_version()))
     file = folder / f"{pathlib.Path(source).stem}-sm_{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
