@@ -23,7 +23,6 @@ import torch
 
 FOLDER = pathlib.Path(__file__).parent
 HEADER = "common.cuh"  # the only file that the .cu files may include
-ALWAYS_ALLOWED = 48 * 1024  # bytes of shared memory that a block gets without asking
 _loading = threading.RLock()  # actor threads may be the first users
 
 
@@ -49,7 +48,7 @@ def launch(source, kernel, grid, block, shared_bytes, *arguments):
             _cuda("cuCtxSetCurrent", _context(device.index))  # in a new thread, PyTorch may not have done so yet
             loaded = _load(source, kernel, device)
             if shared_bytes > loaded.shared_bytes:
-                _cuda("cuFuncSetAttribute", loaded.function, 8, shared_bytes)  # 8: the most dynamic shared memory
+                _cuda("cuFuncSetAttribute", loaded.function, 8, shared_bytes)  # 8: how much of it a launch may ask for
                 loaded.shared_bytes = shared_bytes
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _cuda("cuLaunchKernel", loaded.function, *grid, *block, shared_bytes, stream, addresses, None)
@@ -155,7 +154,7 @@ def _load(source, kernel, device):
         _cuda("cuModuleGetFunction", ctypes.byref(function), module, name)
     finally:
         _cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-    return types.SimpleNamespace(function=function, shared_bytes=ALWAYS_ALLOWED)
+    return types.SimpleNamespace(function=function, shared_bytes=0)
 
 
 @functools.cache
