@@ -165,8 +165,10 @@ __global__ void __launch_bounds__(MAX_COLUMNS) delta_rule_backward_kernel(Shape 
 #pragma unroll
       for (int i = 0; i < D; ++i) f[i] += k[at * D + i] * change;
     }
+    int apart = stride;
+    asm volatile("" : "+r"(apart));  // or the compiler keeps all rows' addresses, computed before the loop over steps
 #pragma unroll
-    for (int i = 0; i < D; ++i) F[i * stride + c] = f[i];
+    for (int i = 0; i < D; ++i) F[i * apart + c] = f[i];
   };
 
   for (float* p = shared + c; p < end; p += blockDim.x) *p = 0.f;  // what lies beyond column V stays 0

@@ -23,7 +23,6 @@ import torch
 
 FOLDER = pathlib.Path(__file__).parent
 HEADER = "common.cuh"  # the only file that the .cu files may include
-ALWAYS_ALLOWED = 48 * 1024  # bytes of shared memory that a block gets without asking
 _loading = threading.RLock()  # actor threads may be the first users
 
 
@@ -42,16 +41,16 @@ def launch(source, kernel, grid, block, shared_bytes, *arguments):
         RuntimeError: it cannot be compiled or launched; with the compiler's first error or CUDA's text.
     """
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    with _loading:
-        loaded = _load(source, kernel, device)
-        if shared_bytes > loaded.shared_bytes:
-            _cuda("cuFuncSetAttribute", loaded.function, 8, shared_bytes)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            loaded.shared_bytes = shared_bytes
     values = [_as_c(argument) for argument in arguments]
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     with torch.cuda.device(device):
+        with _loading:
+            _cuda("cuCtxSetCurrent", _context(device.index))  # in a new thread, PyTorch may not have done so yet
+            loaded = _load(source, kernel, device)
+            if shared_bytes > loaded.shared_bytes:
+                _cuda("cuFuncSetAttribute", loaded.function, 8, shared_bytes)  # 8: how much of it a launch may ask for
+                loaded.shared_bytes = shared_bytes
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _cuda("cuCtxSetCurrent", loaded.context)  # in a new thread, PyTorch may not have done so yet
         _cuda("cuLaunchKernel", loaded.function, *grid, *block, shared_bytes, stream, addresses, None)
 
 
@@ -148,18 +147,22 @@ def _nvrtc_version():
 @functools.cache
 def _load(source, kernel, device):
     name, cubin = compiled(source, kernel, architecture_of(device))
-    context, module, function, mode = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(2)
-    _cuda("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.index)  # PyTorch's own
-    _cuda("cuCtxPushCurrent_v2", context)
-    # CU_STREAM_CAPTURE_MODE_RELAXED: or no module may be loaded while a graph is captured, by this thread or another.
-    _cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    module, function, mode = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(2)
+    _cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # 2: loading is allowed while some thread captures a graph
     try:
         _cuda("cuModuleLoadData", ctypes.byref(module), cubin)
         _cuda("cuModuleGetFunction", ctypes.byref(function), module, name)
     finally:
         _cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-        _cuda("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-    return types.SimpleNamespace(context=context, function=function, shared_bytes=ALWAYS_ALLOWED)
+    return types.SimpleNamespace(function=function, shared_bytes=0)
+
+
+@functools.cache
+def _context(index):
+    """The device's context that PyTorch uses, too."""
+    context = ctypes.c_void_p()
+    _cuda("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
+    return context
 
 
 def architecture_of(device):
