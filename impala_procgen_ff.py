@@ -242,9 +242,19 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def num_cores():
-    """Cores for this process: its share, where torchrun started several on this machine."""
+def num_cores(root="/"):
+    """Cores for this process: those that it may run on, or as much of their time as its container may use; of these, its share,
+    where torchrun started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = Path(root, "proc/self/cgroup")  # lines such as 0::/a/b, in version 1 4:cpu,cpuacct:/a/b
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        folder = Path(root, "sys/fs/cgroup", controllers, group.lstrip("/"))
+        files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+        for above in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit here
+                quota, period = map(int, " ".join((above / file).read_text() for file in files).split())
+                cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return max(1, cores // NUM_PROCESSES_HERE)
 
 
@@ -592,6 +602,9 @@ class Learner:
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
+        for parameter in self.agent.parameters():
+            if parameter.grad is None:  # the loss does not depend on it, here; in another process it may
+                parameter.grad = torch.zeros_like(parameter)
         return statistics
 
     def step(self):
@@ -926,7 +939,7 @@ def train(given, args, games, agent, checkpoint, run):
             say("compiling the CNN and capturing CUDA graphs, about a minute")
     learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
     episodes = Episodes(games, checkpoint and checkpoint["episodes"])
-    seed = (args.seed + step) * 1000 + RANK * (args.num_actors + 1)  # a resumed run plays on, not again
+    seed = (args.seed + step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; processes have ranges of their own
     actors, validators = Actors(agent, args, games, seed, weights, episodes), None
     if args.valid_num_levels and RANK == 0:
         valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
@@ -936,6 +949,9 @@ def train(given, args, games, agent, checkpoint, run):
     profiler = make_profiler(run) if args.profile and RANK == 0 else None
     if NUM_PROCESSES > 1:
         join_processes(args, step)
+        for tensor in agent.state_dict().values():  # other processors round the initial weights otherwise
+            dist.broadcast(tensor, src=0)
+        weights.copy(agent.parameters(), weights.newest, updates=0)
     stop, stopping, updates, saved = threading.Event(), False, 0, time.monotonic()
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
@@ -1005,6 +1021,7 @@ def main():
 
     answer_signals(leave)
     keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
         try:
             given, checkpoint = parse_args()

@@ -12,6 +12,10 @@ class Learner(script.Learner):
 
     first = None
 
+    def fill(self, actors, version):
+        Learner.seeds = [actor.generator.initial_seed() for actor in actors.actors]
+        return super().fill(actors, version)
+
     def update(self, stop=False):
         if self.first:
             return super().update(stop)
@@ -24,6 +28,9 @@ class Learner(script.Learner):
 script.Learner = Learner
 given, checkpoint = script.parse_args()
 args, games = script.complete(given)
+args.num_actors = (3, 1)[script.RANK]  # as on machines with other numbers of cores
 agent = script.make_agent(args, checkpoint)
+for parameter in agent.parameters():
+    parameter.data *= 1 + script.RANK / 1000  # as of a processor that rounds otherwise, though less
 script.train(given, args, games, agent, checkpoint, script.make_run(args))
-torch.save(Learner.first | dict(last=agent.state_dict()), f"process{script.RANK}.pt")
+torch.save(Learner.first | dict(last=agent.state_dict(), seeds=Learner.seeds), f"process{script.RANK}.pt")
