@@ -69,6 +69,7 @@ RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE, NUM_RESTARTS = (  # torchru
     int(os.environ.get(name, default)) for name, default in
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items())
 STUCK_AFTER = 60  # seconds without an answer from environments
+MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
 
 @dataclass
@@ -347,6 +348,18 @@ class Unroll:
         return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
+@torch.no_grad()
+def begin_diverged_anew(agent, state):
+    """Sets the state, whose parts are (B, ...), of environments to zero in which it is not finite or reaches the agent's bound,
+    if that has one. Returns their number."""
+    bound = getattr(agent, "state_bound", math.inf)
+    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
+    diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
+    for part in state:
+        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+    return int(diverged.sum())
+
+
 class Weights:
     """The newest weights on their way from the learner to the actors: whole, never half an update."""
 
@@ -404,7 +417,7 @@ class Actor(threading.Thread):
         super().__init__(name=f"actor {index}", daemon=True)
         self.args, self.games, self.weights, self.episodes = args, games, weights, episodes
         self.free, self.full, self.stop = free, full, stop
-        self.error, self.waiting_since = None, None
+        self.error, self.waiting_since, self.begun_anew = None, None, 0
         self.envs = make_envs(args, games, args.num_envs, seed, max(1, min(4, num_cores() // args.num_actors)) * args.cuda)
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
@@ -455,6 +468,7 @@ class Actor(threading.Thread):
     def play(self, unroll):
         """Fills the unroll with the next T steps. Returns it, or None if told to stop."""
         unroll.version = self.weights.fetch(self.agent)
+        self.begun_anew += begin_diverged_anew(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
             first.copy_(now if self.args.carry_state else now.zero_())
         if self.args.reward_clipping == "normalize":
@@ -615,17 +629,25 @@ class Learner:
     def backward(self):
         """The gradient of the loss. Returns the first of the STATISTICS."""
         self.optimizer.zero_grad()
-        loss, statistics = self.loss()
+        loss, self.statistics = self.loss()
         loss.backward()
         for parameter in self.agent.parameters():
             if parameter.grad is None:  # the loss does not depend on it, here; in another process it may
                 parameter.grad = torch.zeros_like(parameter)
-        return statistics
+        return self.statistics
 
+    @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient. Returns the gradient's norm before."""
+        """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all weights and
+        averages stay what they were. Returns the gradient's norm before."""
         gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
+        finite = torch.cat([self.statistics, gradient_norm.view(1)]).isfinite().all()
+        averages = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        learned = [*self.agent.parameters(), *averages]
+        before = [x.clone() for x in learned]
         self.optimizer.step()
+        for x, old in zip(learned, before):
+            torch.where(finite, x, old, out=x)  # a CUDA graph cannot ask, and must not wait
         return gradient_norm
 
     def update(self, stop=False):
@@ -719,12 +741,12 @@ class Logger:
     def add(self, *statistics):
         self.sums, self.updates = self.sums + np.array(statistics), self.updates + 1
 
-    def write(self, step, learning_rate, episodes, validators):
+    def write(self, step, learning_rate, episodes, validators, diverged):
         """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100 episodes
         of each game, or None if there are not as many."""
         sps = (step - self.step) / (time.monotonic() - self.time)
         scalars = dict(zip((*Learner.STATISTICS, "policy_lag"), self.sums / self.updates))
-        scalars |= dict(learning_rate=learning_rate, SPS=sps) | episodes.scalars(self.args.distribution_mode)
+        scalars |= dict(learning_rate=learning_rate, SPS=sps) | diverged | episodes.scalars(self.args.distribution_mode)
         valid = validators.episodes.scalars(validators.args.distribution_mode) if validators else {}
         mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
                             for found in (scalars, valid))
@@ -742,6 +764,7 @@ class Logger:
         left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
         returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
+        returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in diverged.items() if count)
         say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}")
         self.start(step)
         return valid[valid_mean] if valid_mean and validators.episodes.full() else None
@@ -968,6 +991,7 @@ def train(given, args, games, agent, checkpoint, run):
             dist.broadcast(tensor, src=0)
         weights.copy(agent.parameters(), weights.newest, updates=0)
     stop, stopping, updates, saved = threading.Event(), False, 0, time.monotonic()
+    skipped, in_a_row = 0, 0  # updates that are not finite
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
     def save(name):
@@ -975,7 +999,8 @@ def train(given, args, games, agent, checkpoint, run):
 
     def log():
         nonlocal best
-        valid_return = logger.write(step, learning_rate, episodes, validators)
+        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(actor.begun_anew for actor in actors.actors))
+        valid_return = logger.write(step, learning_rate, episodes, validators, diverged)
         if valid_return is not None and (best is None or valid_return > best):
             best = valid_return
             save("best.pt")
@@ -991,9 +1016,11 @@ def train(given, args, games, agent, checkpoint, run):
             result = learner.update(stop.is_set())
             synchronize()  # here, and not when `publish` holds the lock that actors wait for
             *statistics, stopping = result.tolist()
-            if not all(map(math.isfinite, statistics)):
+            finite = all(map(math.isfinite, statistics))
+            skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+            if in_a_row == MAX_SKIPPED:
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))
-                raise FloatingPointError(f"the update after step {step:,} is not finite: {named}")
+                raise FloatingPointError(f"{in_a_row} updates in a row, the last after step {step:,}, are not finite: {named}")
             weights.publish(agent)
             before, step = step, step + args.unroll_length * args.batch_size * NUM_PROCESSES
             updates += 1
@@ -1001,12 +1028,13 @@ def train(given, args, games, agent, checkpoint, run):
                 profiler.step()
             if RANK > 0:
                 continue
-            logger.add(*statistics, lag)
+            if finite:
+                logger.add(*statistics, lag)
             if validators:
                 validators.check()
                 if updates % pause == 0 and (args.deterministic or validators.full.qsize()):
                     validators.free.put(validators.get())
-            if time.monotonic() - logger.time >= args.log_interval:
+            if logger.updates and time.monotonic() - logger.time >= args.log_interval:
                 log()
             if before < (args.save_extra_checkpoint or 0) <= step:
                 save(f"checkpoint_{step}.pt")

@@ -33,7 +33,8 @@ def checkpoint(folder):
 
 def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
     """Their weights are the first's and stay equal, bit for bit, and their first update is that of the mean gradient. One run
-    folder, one log, and steps are counted over both; another number of processes can go on."""
+    folder, one log, and steps are counted over both; another number of processes can go on. An update that is not finite in one
+    process is left out in both."""
     process = torchrun(tmp_path, "tests/train_and_dump.py", "--total-steps", 10 * STEPS)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
@@ -44,6 +45,10 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
     assert len(first["seeds"]) == 3 and not set(first["seeds"]) & set(second["seeds"])
     torch.manual_seed(1)
     assert torch.equal(script.Agent(script.Args(cuda=False)).layers[0].W, first["before"]["layers.0.W"])
+
+    for (weights, averages), (new_weights, new_averages) in (part["skipped"] for part in (first, second)):
+        assert all(torch.equal(weights[name], new_weights[name]) for name in weights)
+        assert all(torch.equal(averages[n]["square_avg"], new_averages[n]["square_avg"]) for n in averages)
 
     args = script.Args(cuda=False, bf16=torch_bf16(), unroll_length=5, batch_size=8)
     agent = script.Agent(args)
