@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import gym_notices.notices
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,10 +39,38 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
-from gym3 import ConcatEnv
-from procgen import ProcgenGym3Env
-from procgen.env import EXPLORATION_LEVEL_SEEDS
+if sys.version_info < (3, 13):
+    import gym_notices.notices
+
+    gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
+    from procgen import ProcgenGym3Env
+    from procgen.env import EXPLORATION_LEVEL_SEEDS
+else:  # for which there is no procgen, but its engine, unchanged, in another package
+    import procgen_gym
+    from procgen_gym.env import DISTRIBUTION_MODE_DICT, EXPLORATION_LEVEL_SEEDS
+    from procgen_gym.libenv import CLibenv
+
+    class ProcgenGym3Env(CLibenv):
+        """What procgen's class of this name is, as far as it is needed here."""
+
+        def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
+            data = Path(procgen_gym.__file__).parent / "data"
+            options |= dict(env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
+                            render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/",
+                            center_agent=True, use_backgrounds=True)
+            super().__init__(str(data / "prebuilt"), num, options)
+
+        def observe(self):
+            self.call_c_func("libenv_observe")
+            return self.get_reward_buf(), self.get_ob_bufs(), self.get_first_buf().view(bool)
+
+        def get_info(self):
+            self.observe()
+            return [{name: values[n] for name, values in self.get_info_bufs().items()} for n in range(self.num)]
+
+        def get_state(self):
+            state = ctypes.create_string_buffer(2**20)
+            return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
 
 # The games in the order in which --multi-env takes them, and the range of their returns, by which they are normalised
 # (Cobbe et al. 2020, appendix C).
@@ -313,14 +340,17 @@ def num_cores(root="/"):
 
 def make_envs(args, games, num, seed, num_threads=0):
     """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
-    options = dict(distribution_mode=args.distribution_mode, rand_seed=seed % 2**31)
+    exploration = args.distribution_mode == "exploration"  # by which procgen means one level of the mode hard for each game
     levels = dict(num_levels=args.num_levels, start_level=args.start_level)
+    options = dict(distribution_mode="hard" if exploration else args.distribution_mode, rand_seed=seed % 2**31)
     try:
-        if args.distribution_mode == "exploration":  # one level for each game, so that they cannot share an engine
-            return ConcatEnv([ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **options) for n in range(num)])
         envs = ProcgenGym3Env(num, ",".join(games), num_threads=num_threads, **levels, **options)
     except OSError as error:  # the dynamic linker's
         raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
+    for n in range(num * exploration):  # an engine has the same levels for all its games, but a state holds its own
+        level = dict(num_levels=1, start_level=EXPLORATION_LEVEL_SEEDS[games[n % len(games)]])
+        (state,) = ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **level, **options).get_state()
+        envs.call_c_func("set_state", n, state, len(state))
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
     return envs
 
