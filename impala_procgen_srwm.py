@@ -713,12 +713,15 @@ class Logger:
 
     def __init__(self, args, run, step):
         self.args, self.run, self.wandb = args, run, None
+        self.tracked = run / "wandb_steps.txt"  # of the entries there: unlike TensorBoard's, none of them can be taken back
+        self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
         if args.track:
             import wandb
 
+            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds: what SIGKILL may cost offline
             try:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
-                                        resume="allow", config=to_plain(args), dir=run, sync_tensorboard=True)
+                                        resume="allow", config=to_plain(args), allow_val_change=True)
             except Exception as error:  # no network, no account: nothing to lose a run over
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run, purge_step=step + 1)  # drops what lies past the checkpoint
@@ -750,6 +753,10 @@ class Logger:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+            if self.wandb and step > self.tracked_step:
+                with open(self.tracked, "a") as file:
+                    file.write(f"{step}\n")
+                self.wandb.log(scalars, step=step)
         except OSError as error:  # TensorBoard's writer does not go on after an error
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
