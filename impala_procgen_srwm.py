@@ -5,7 +5,7 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actor th
 
     python impala_procgen_srwm.py --multi-env 6              one agent learns six games
     python impala_procgen_srwm.py --env maze --seed 2        or a single one
-    python impala_procgen_srwm.py --resume runs/NAME         goes on where a run stopped
+    python impala_procgen_srwm.py --resume runs/NAME         goes on where a run stopped; auto: the newest of its kind
     python evaluate.py --start-level 1000                    scores the newest run on levels it has never seen
 
 To be read from top to bottom: games, arguments, model, V-trace, environments, actors, learner, checkpoints, log, main.
@@ -30,6 +30,11 @@ from collections import deque
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing keeps a second process off a run
+    fcntl = None
 
 import numpy as np
 import torch
@@ -114,7 +119,10 @@ class TrainingArgs:
     compile: bool = True
     """compile the CNN with torch.compile (on the GPU only)"""
     resume: Path | None = None
-    """go on with the run in this folder; its own arguments are the defaults then"""
+    """go on with the run in this folder, or from this checkpoint file of it; its own arguments are the defaults then. auto: go
+    on with the newest unfinished run of the same arguments, or begin a new one"""
+    init_from: Path | None = None
+    """begin a new run with the weights of this run or checkpoint file, and with its model's arguments as defaults"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline works without a network)"""
     wandb_project_name: str = "srwm-procgen"
@@ -742,7 +750,13 @@ def save_checkpoint(path, given, learner, episodes, step, best=None):
     try:
         with open(path.with_suffix(".tmp"), "wb") as file:
             torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # or else, when the power fails, the new name may come before what it stands for
         os.replace(path.with_suffix(".tmp"), path)
+        with contextlib.suppress(OSError):  # some systems cannot
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # the second is how torch.save passes on some of the first
         say(f"{path} could not be written: {str(error).splitlines()[0]}", sys.stderr)
         return False
@@ -780,12 +794,16 @@ class Logger:
 
     def __init__(self, args, run, step):
         self.args, self.run, self.wandb = args, run, None
+        self.tracked = run / "wandb_steps.txt"  # of the entries there: unlike TensorBoard's, none of them can be taken back
+        self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
         if args.track:
             import wandb
 
+            name = run.resolve().name
+            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds: what SIGKILL may cost offline
             try:
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
-                                        resume="allow", config=to_plain(args), dir=run, sync_tensorboard=True)
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                                        resume="allow", config=to_plain(args), allow_val_change=True)
             except Exception as error:  # no network, no account: nothing to lose a run over
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run, purge_step=step + 1)  # drops what lies past the checkpoint
@@ -817,6 +835,10 @@ class Logger:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+            if self.wandb and step > self.tracked_step:
+                with open(self.tracked, "a") as file:
+                    file.write(f"{step}\n")
+                self.wandb.log(scalars, step=step, commit=True)  # now, and not with the next
         except OSError as error:  # TensorBoard's writer does not go on after an error
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
@@ -852,27 +874,86 @@ def command_line(default, description):
             raise
 
 
+locks = {}  # of the runs that are this process's: open files, which end with it, however it ends
+
+
+def lock(run):
+    """Keeps other processes off the run. Raises ValueError if it is another's, or cannot be written to."""
+    if run in locks:
+        return
+    try:
+        file = open(run / "lock", "a")
+    except OSError as error:
+        raise ValueError(f"the run's folder cannot be written to: {error}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{run} is in use: another process trains there") from None
+    except OSError:
+        pass  # a file system without locks
+    locks[run] = file
+
+
 def unfinished_run(given):
-    """The newest run with these arguments that has steps left, or None: what torchrun's restart goes on with."""
+    """The newest run with these arguments that has steps left and is not in use, now locked, or None."""
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
             with contextlib.suppress(ValueError):
                 checkpoint = load_checkpoint(path, Path(__file__).name)
-                if checkpoint["args"] | {"resume": None} == to_plain(given) and checkpoint["step"] < given.total_steps:
+                if saved_args(checkpoint) == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
+                    if RANK == 0:
+                        lock(path.parent)
                     return path.parent
     return None
 
 
+def saved_args(checkpoint):
+    """The arguments that a checkpoint's run was given."""
+    saved = {name: value for name, value in checkpoint["args"].items() if name in vars(Args())}
+    return Args(**saved | dict(resume=None, init_from=Path(saved["init_from"]) if saved.get("init_from") else None))
+
+
+def find_checkpoint(path):
+    """The file of a run's folder, or the file itself."""
+    return path if path.is_file() else path / "checkpoint.pt"
+
+
 def parse_args():
-    """The arguments as given, and the checkpoint to go on from, or None."""
+    """The arguments as given, and what to begin with, or None: the checkpoint of a run that goes on, or weights."""
     given, checkpoint = command_line(Args(), __doc__), None
-    if NUM_RESTARTS > 0 and given.resume is None:
+    auto = given.resume == Path("auto")
+    if given.resume is not None and given.init_from is not None and not auto:
+        raise ValueError("--resume and --init-from exclude each other")
+    if given.init_from is not None:
+        checkpoint = load_checkpoint(find_checkpoint(given.init_from), None)
+        model = {name: value for name, value in vars(saved_args(checkpoint)).items() if name not in vars(TrainingArgs())}
+        given = command_line(Args(**model), __doc__)
+        checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None)
+    if auto or NUM_RESTARTS > 0 and given.resume is None:
         given.resume = unfinished_run(given)
     if given.resume is not None:
-        checkpoint = load_checkpoint(given.resume / "checkpoint.pt", Path(__file__).name)
-        saved = {name: value for name, value in checkpoint["args"].items() if name in vars(given)}
-        given = command_line(Args(**saved | {"resume": given.resume}), __doc__)
+        path = find_checkpoint(given.resume)
+        checkpoint = load_checkpoint(path, Path(__file__).name)
+        saved = saved_args(checkpoint)
+        given = replace(command_line(saved, __doc__), resume=path.parent)
+        check_same_experiment(given, saved)
+        if RANK == 0 and checkpoint["step"] < given.total_steps:
+            lock(given.resume)
+            checkpoint = load_checkpoint(path, Path(__file__).name)  # again: who had the run may have saved it before leaving
     return given, checkpoint
+
+
+def check_same_experiment(given, saved):
+    """Raises ValueError where an argument would make another experiment of the run that goes on."""
+    of_model = [name for name in vars(given) if name not in vars(TrainingArgs())]
+    for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level", "reward_clipping",
+                 "carry_state", *of_model]:
+        before, now = getattr(saved, name), getattr(given, name)
+        if before != now and not (name == "multi_env" and {before, now} == {None, 6}):
+            raise ValueError(f"--{name.replace('_', '-')} cannot become {now} in {given.resume}, which began with {before}; "
+                             f"--init-from begins a new run with its weights")
 
 
 def validation_args(args, games):
@@ -1008,21 +1089,37 @@ def stop_at_signals(*events):
 
 
 def make_run(args):
-    """The folder of the run that goes on, or of a new one; of several processes, only the first makes one."""
-    if args.resume is not None or RANK > 0:
-        return args.resume
-    Path("runs").mkdir(exist_ok=True)
-    name = f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    while True:
-        with contextlib.suppress(FileExistsError):
-            (Path("runs") / name).mkdir()
-            return Path("runs") / name
-        name += "+"  # of a run that began in the same second as another
+    """The folder of the run that goes on, or of a new one, locked; of several processes, only the first makes one."""
+    run = args.resume
+    if run is None and RANK == 0:
+        Path("runs").mkdir(exist_ok=True)
+        run = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        while True:
+            with contextlib.suppress(FileExistsError):
+                run.mkdir()
+                break
+            run = run.with_name(run.name + "+")  # of a run that began in the same second as another
+    if RANK == 0:
+        lock(run)
+    return run
+
+
+def best_return(run):
+    """That of best.pt, which may be newer than the checkpoint. None if there is none."""
+    with contextlib.suppress(ValueError):
+        return load_checkpoint(run / "best.pt", Path(__file__).name).get("best")
+
+
+def extra_step(args, run, step):
+    """The step from which on the extra checkpoint is due: infinite if it is not wanted, or there already."""
+    wanted = args.save_extra_checkpoint or math.inf
+    written = [int(path.stem[11:]) for path in run.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
+    return math.inf if wanted <= min(step, max(written, default=0)) else wanted
 
 
 def train(given, args, games, agent, checkpoint, run):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
-    step, best = (checkpoint["step"], checkpoint.get("best")) if checkpoint else (0, None)
+    step = checkpoint["step"] if checkpoint else 0
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.cuda:  # on a CPU these are slow, and the usual ones just as deterministic
@@ -1043,27 +1140,29 @@ def train(given, args, games, agent, checkpoint, run):
         valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
         validators = Actors(agent, valid_args, games, valid_seed, weights, Episodes(games), spare=0)
         pause = math.ceil(valid_args.num_envs / (0.03 * args.batch_size))  # updates between its unrolls: 3 % of all steps
-    logger = Logger(args, run, step) if RANK == 0 else None
+    logger = None
+    if RANK == 0:
+        logger, best, extra = Logger(args, run, step), best_return(run), extra_step(args, run, step)
     profiler = make_profiler(run) if args.profile and RANK == 0 else None
     if NUM_PROCESSES > 1:
         join_processes(args, step)
         for tensor in agent.state_dict().values():  # other processors round the initial weights otherwise
             dist.broadcast(tensor, src=0)
         weights.copy(agent.parameters(), weights.newest, updates=0)
-    stop, stopping, updates, saved = threading.Event(), False, 0, time.monotonic()
+    stop, stopping, updates, saved, lost_best = threading.Event(), False, 0, time.monotonic(), False
     skipped, in_a_row = 0, 0  # updates that are not finite
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
-    def save(name):
+    def save(name, best=None):
         return save_checkpoint(run / name, given, learner, episodes, step, best)
 
     def log():
-        nonlocal best
+        nonlocal best, lost_best
         diverged = dict(skipped_updates=skipped, states_begun_anew=sum(actor.begun_anew for actor in actors.actors))
         valid_return = logger.write(step, learning_rate, episodes, validators, diverged)
         if valid_return is not None and (best is None or valid_return > best):
-            best = valid_return
-            save("best.pt")
+            if not (lost_best := not save("best.pt", valid_return)):
+                best = valid_return
 
     try:
         for each in filter(None, (actors, validators, profiler)):
@@ -1076,6 +1175,7 @@ def train(given, args, games, agent, checkpoint, run):
             result = learner.update(stop.is_set())
             synchronize()  # here, and not when `publish` holds the lock that actors wait for
             *statistics, stopping = result.tolist()
+            stopping = stopping or NUM_PROCESSES == 1 and stop.is_set()  # it may have come after the update began
             finite = all(map(math.isfinite, statistics))
             skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
             if in_a_row == MAX_SKIPPED:
@@ -1096,14 +1196,16 @@ def train(given, args, games, agent, checkpoint, run):
                     validators.free.put(validators.get())
             if logger.updates and time.monotonic() - logger.time >= args.log_interval:
                 log()
-            if before < (args.save_extra_checkpoint or 0) <= step:
-                save(f"checkpoint_{step}.pt")
-            if time.monotonic() - saved >= args.save_interval:
+            due = time.monotonic() - saved >= args.save_interval
+            if step >= extra and (before < extra or due) and save(f"checkpoint_{step}.pt"):
+                extra = math.inf
+            if due:
                 save("checkpoint.pt")
                 saved = time.monotonic()
-        if logger and logger.updates:
+        if RANK == 0 and logger.updates:
             log()
-        written = RANK > 0 or save("checkpoint.pt")  # first of all: who ends this process may not wait long
+        written = RANK > 0 or all([save("checkpoint.pt"),  # first of all: who ends this process may not wait long
+                                   step < extra or save(f"checkpoint_{step}.pt"), not lost_best])
     finally:
         for each in filter(None, (actors, validators, logger)):
             each.close()
@@ -1128,6 +1230,9 @@ def main():
     try:
         try:
             given, checkpoint = parse_args()
+            if given.resume is not None and checkpoint["step"] >= given.total_steps:
+                say(f"{given.resume} is finished, at step {checkpoint['step']:,} of {given.total_steps:,}: nothing to do")
+                return
             args, games = complete(given)
             make_envs(args, games, len(games), args.seed)  # whatever ails the engine shows here
             agent, run = make_agent(args, checkpoint), make_run(args)
@@ -1142,6 +1247,9 @@ def main():
             raise
         sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
                  f"--batch-size (learner): {str(error).splitlines()[0]}")
+    finally:
+        while locks:
+            locks.popitem()[1].close()
 
 
 if __name__ == "__main__":
