@@ -5,7 +5,7 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actor th
 
     python impala_procgen_ff.py --multi-env 6              one agent learns six games
     python impala_procgen_ff.py --env maze --seed 2        or a single one
-    python impala_procgen_ff.py --resume runs/NAME         goes on where a run stopped
+    python impala_procgen_ff.py --resume runs/NAME         goes on where a run stopped; auto: the newest of its kind
     python evaluate.py --start-level 1000                    scores the newest run on levels it has never seen
 
 To be read from top to bottom: games, arguments, model, V-trace, environments, actors, learner, checkpoints, log, main.
@@ -31,7 +31,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import gym_notices.notices
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing keeps a second process off a run
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,10 +44,38 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
-from gym3 import ConcatEnv
-from procgen import ProcgenGym3Env
-from procgen.env import EXPLORATION_LEVEL_SEEDS
+if sys.version_info < (3, 13):
+    import gym_notices.notices
+
+    gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
+    from procgen import ProcgenGym3Env
+    from procgen.env import EXPLORATION_LEVEL_SEEDS
+else:  # for which there is no procgen, but its engine, unchanged, in another package
+    import procgen_gym
+    from procgen_gym.env import DISTRIBUTION_MODE_DICT, EXPLORATION_LEVEL_SEEDS
+    from procgen_gym.libenv import CLibenv
+
+    class ProcgenGym3Env(CLibenv):
+        """What procgen's class of this name is, as far as it is needed here."""
+
+        def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
+            data = Path(procgen_gym.__file__).parent / "data"
+            options |= dict(env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
+                            render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/",
+                            center_agent=True, use_backgrounds=True)
+            super().__init__(str(data / "prebuilt"), num, options)
+
+        def observe(self):
+            self.call_c_func("libenv_observe")
+            return self.get_reward_buf(), self.get_ob_bufs(), self.get_first_buf().view(bool)
+
+        def get_info(self):
+            self.observe()
+            return [{name: values[n] for name, values in self.get_info_bufs().items()} for n in range(self.num)]
+
+        def get_state(self):
+            state = ctypes.create_string_buffer(2**20)
+            return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
 
 import srwm_cuda
 
@@ -71,6 +103,7 @@ RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE, NUM_RESTARTS = (  # torchru
     int(os.environ.get(name, default)) for name, default in
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items())
 STUCK_AFTER = 60  # seconds without an answer from environments
+MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
 
 @dataclass
@@ -86,7 +119,10 @@ class TrainingArgs:
     bf16: bool | None = None
     """run the CNN in bfloat16 (None: where the hardware computes in it)"""
     resume: Path | None = None
-    """go on with the run in this folder; its own arguments are the defaults then"""
+    """go on with the run in this folder, or from this checkpoint file of it; its own arguments are the defaults then. auto: go
+    on with the newest unfinished run of the same arguments, or begin a new one"""
+    init_from: Path | None = None
+    """begin a new run with the weights of this run or checkpoint file, and with its model's arguments as defaults"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline works without a network)"""
     wandb_project_name: str = "srwm-procgen"
@@ -244,22 +280,35 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def num_cores():
-    """Cores for this process: its share, where torchrun started several on this machine."""
+def num_cores(root="/"):
+    """Cores for this process: those that it may run on, or as much of their time as its container may use; of these, its share,
+    where torchrun started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = Path(root, "proc/self/cgroup")  # lines such as 0::/a/b, in version 1 4:cpu,cpuacct:/a/b
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        folder = Path(root, "sys/fs/cgroup", controllers, group.lstrip("/"))
+        files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+        for above in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit here
+                quota, period = map(int, " ".join((above / file).read_text() for file in files).split())
+                cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return max(1, cores // NUM_PROCESSES_HERE)
 
 
 def make_envs(args, games, num, seed, num_threads=0):
     """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
-    options = dict(distribution_mode=args.distribution_mode, rand_seed=seed % 2**31)
+    exploration = args.distribution_mode == "exploration"  # by which procgen means one level of the mode hard for each game
     levels = dict(num_levels=args.num_levels, start_level=args.start_level)
+    options = dict(distribution_mode="hard" if exploration else args.distribution_mode, rand_seed=seed % 2**31)
     try:
-        if args.distribution_mode == "exploration":  # one level for each game, so that they cannot share an engine
-            return ConcatEnv([ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **options) for n in range(num)])
         envs = ProcgenGym3Env(num, ",".join(games), num_threads=num_threads, **levels, **options)
     except OSError as error:  # the dynamic linker's
         raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
+    for n in range(num * exploration):  # an engine has the same levels for all its games, but a state holds its own
+        level = dict(num_levels=1, start_level=EXPLORATION_LEVEL_SEEDS[games[n % len(games)]])
+        (state,) = ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **level, **options).get_state()
+        envs.call_c_func("set_state", n, state, len(state))
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
     return envs
 
@@ -324,6 +373,18 @@ class Unroll:
         return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
+@torch.no_grad()
+def begin_diverged_anew(agent, state):
+    """Sets the state, whose parts are (B, ...), of environments to zero in which it is not finite or reaches the agent's bound,
+    if that has one. Returns their number."""
+    bound = getattr(agent, "state_bound", math.inf)
+    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
+    diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
+    for part in state:
+        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+    return int(diverged.sum())
+
+
 class Weights:
     """The newest weights on their way from the learner to the actors: whole, never half an update."""
 
@@ -381,7 +442,7 @@ class Actor(threading.Thread):
         super().__init__(name=f"actor {index}", daemon=True)
         self.args, self.games, self.weights, self.episodes = args, games, weights, episodes
         self.free, self.full, self.stop = free, full, stop
-        self.error, self.waiting_since = None, None
+        self.error, self.waiting_since, self.begun_anew = None, None, 0
         self.envs = make_envs(args, games, args.num_envs, seed, max(1, min(4, num_cores() // args.num_actors)) * args.cuda)
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
@@ -432,6 +493,7 @@ class Actor(threading.Thread):
     def play(self, unroll):
         """Fills the unroll with the next T steps. Returns it, or None if told to stop."""
         unroll.version = self.weights.fetch(self.agent)
+        self.begun_anew += begin_diverged_anew(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
             first.copy_(now if self.args.carry_state else now.zero_())
         if self.args.reward_clipping == "normalize":
@@ -592,14 +654,25 @@ class Learner:
     def backward(self):
         """The gradient of the loss. Returns the first of the STATISTICS."""
         self.optimizer.zero_grad()
-        loss, statistics = self.loss()
+        loss, self.statistics = self.loss()
         loss.backward()
-        return statistics
+        for parameter in self.agent.parameters():
+            if parameter.grad is None:  # the loss does not depend on it, here; in another process it may
+                parameter.grad = torch.zeros_like(parameter)
+        return self.statistics
 
+    @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient. Returns the gradient's norm before."""
+        """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all weights and
+        averages stay what they were. Returns the gradient's norm before."""
         gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
+        finite = torch.cat([self.statistics, gradient_norm.view(1)]).isfinite().all()
+        averages = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        learned = [*self.agent.parameters(), *averages]
+        before = [x.clone() for x in learned]
         self.optimizer.step()
+        for x, old in zip(learned, before):
+            torch.where(finite, x, old, out=x)  # a CUDA graph cannot ask, and must not wait
         return gradient_norm
 
     def update(self, stop=False):
@@ -634,7 +707,13 @@ def save_checkpoint(path, given, learner, episodes, step, best=None):
     try:
         with open(path.with_suffix(".tmp"), "wb") as file:
             torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # or else, when the power fails, the new name may come before what it stands for
         os.replace(path.with_suffix(".tmp"), path)
+        with contextlib.suppress(OSError):  # some systems cannot
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # the second is how torch.save passes on some of the first
         say(f"{path} could not be written: {str(error).splitlines()[0]}", sys.stderr)
         return False
@@ -672,12 +751,16 @@ class Logger:
 
     def __init__(self, args, run, step):
         self.args, self.run, self.wandb = args, run, None
+        self.tracked = run / "wandb_steps.txt"  # of the entries there: unlike TensorBoard's, none of them can be taken back
+        self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
         if args.track:
             import wandb
 
+            name = run.resolve().name
+            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds: what SIGKILL may cost offline
             try:
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, id=run.name,
-                                        resume="allow", config=to_plain(args), dir=run, sync_tensorboard=True)
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                                        resume="allow", config=to_plain(args), allow_val_change=True)
             except Exception as error:  # no network, no account: nothing to lose a run over
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run, purge_step=step + 1)  # drops what lies past the checkpoint
@@ -693,12 +776,12 @@ class Logger:
     def add(self, *statistics):
         self.sums, self.updates = self.sums + np.array(statistics), self.updates + 1
 
-    def write(self, step, learning_rate, episodes, validators):
+    def write(self, step, learning_rate, episodes, validators, diverged):
         """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100 episodes
         of each game, or None if there are not as many."""
         sps = (step - self.step) / (time.monotonic() - self.time)
         scalars = dict(zip((*Learner.STATISTICS, "policy_lag"), self.sums / self.updates))
-        scalars |= dict(learning_rate=learning_rate, SPS=sps) | episodes.scalars(self.args.distribution_mode)
+        scalars |= dict(learning_rate=learning_rate, SPS=sps) | diverged | episodes.scalars(self.args.distribution_mode)
         valid = validators.episodes.scalars(validators.args.distribution_mode) if validators else {}
         mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
                             for found in (scalars, valid))
@@ -709,6 +792,10 @@ class Logger:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+            if self.wandb and step > self.tracked_step:
+                with open(self.tracked, "a") as file:
+                    file.write(f"{step}\n")
+                self.wandb.log(scalars, step=step, commit=True)  # now, and not with the next
         except OSError as error:  # TensorBoard's writer does not go on after an error
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
@@ -716,6 +803,7 @@ class Logger:
         left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
         returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
+        returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in diverged.items() if count)
         say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}")
         self.start(step)
         return valid[valid_mean] if valid_mean and validators.episodes.full() else None
@@ -743,27 +831,86 @@ def command_line(default, description):
             raise
 
 
+locks = {}  # of the runs that are this process's: open files, which end with it, however it ends
+
+
+def lock(run):
+    """Keeps other processes off the run. Raises ValueError if it is another's, or cannot be written to."""
+    if run in locks:
+        return
+    try:
+        file = open(run / "lock", "a")
+    except OSError as error:
+        raise ValueError(f"the run's folder cannot be written to: {error}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{run} is in use: another process trains there") from None
+    except OSError:
+        pass  # a file system without locks
+    locks[run] = file
+
+
 def unfinished_run(given):
-    """The newest run with these arguments that has steps left, or None: what torchrun's restart goes on with."""
+    """The newest run with these arguments that has steps left and is not in use, now locked, or None."""
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
             with contextlib.suppress(ValueError):
                 checkpoint = load_checkpoint(path, Path(__file__).name)
-                if checkpoint["args"] | {"resume": None} == to_plain(given) and checkpoint["step"] < given.total_steps:
+                if saved_args(checkpoint) == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
+                    if RANK == 0:
+                        lock(path.parent)
                     return path.parent
     return None
 
 
+def saved_args(checkpoint):
+    """The arguments that a checkpoint's run was given."""
+    saved = {name: value for name, value in checkpoint["args"].items() if name in vars(Args())}
+    return Args(**saved | dict(resume=None, init_from=Path(saved["init_from"]) if saved.get("init_from") else None))
+
+
+def find_checkpoint(path):
+    """The file of a run's folder, or the file itself."""
+    return path if path.is_file() else path / "checkpoint.pt"
+
+
 def parse_args():
-    """The arguments as given, and the checkpoint to go on from, or None."""
+    """The arguments as given, and what to begin with, or None: the checkpoint of a run that goes on, or weights."""
     given, checkpoint = command_line(Args(), __doc__), None
-    if NUM_RESTARTS > 0 and given.resume is None:
+    auto = given.resume == Path("auto")
+    if given.resume is not None and given.init_from is not None and not auto:
+        raise ValueError("--resume and --init-from exclude each other")
+    if given.init_from is not None:
+        checkpoint = load_checkpoint(find_checkpoint(given.init_from), None)
+        model = {name: value for name, value in vars(saved_args(checkpoint)).items() if name not in vars(TrainingArgs())}
+        given = command_line(Args(**model), __doc__)
+        checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None)
+    if auto or NUM_RESTARTS > 0 and given.resume is None:
         given.resume = unfinished_run(given)
     if given.resume is not None:
-        checkpoint = load_checkpoint(given.resume / "checkpoint.pt", Path(__file__).name)
-        saved = {name: value for name, value in checkpoint["args"].items() if name in vars(given)}
-        given = command_line(Args(**saved | {"resume": given.resume}), __doc__)
+        path = find_checkpoint(given.resume)
+        checkpoint = load_checkpoint(path, Path(__file__).name)
+        saved = saved_args(checkpoint)
+        given = replace(command_line(saved, __doc__), resume=path.parent)
+        check_same_experiment(given, saved)
+        if RANK == 0 and checkpoint["step"] < given.total_steps:
+            lock(given.resume)
+            checkpoint = load_checkpoint(path, Path(__file__).name)  # again: who had the run may have saved it before leaving
     return given, checkpoint
+
+
+def check_same_experiment(given, saved):
+    """Raises ValueError where an argument would make another experiment of the run that goes on."""
+    of_model = [name for name in vars(given) if name not in vars(TrainingArgs())]
+    for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level", "reward_clipping",
+                 "carry_state", *of_model]:
+        before, now = getattr(saved, name), getattr(given, name)
+        if before != now and not (name == "multi_env" and {before, now} == {None, 6}):
+            raise ValueError(f"--{name.replace('_', '-')} cannot become {now} in {given.resume}, which began with {before}; "
+                             f"--init-from begins a new run with its weights")
 
 
 def validation_args(args, games):
@@ -899,21 +1046,37 @@ def stop_at_signals(*events):
 
 
 def make_run(args):
-    """The folder of the run that goes on, or of a new one; of several processes, only the first makes one."""
-    if args.resume is not None or RANK > 0:
-        return args.resume
-    Path("runs").mkdir(exist_ok=True)
-    name = f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    while True:
-        with contextlib.suppress(FileExistsError):
-            (Path("runs") / name).mkdir()
-            return Path("runs") / name
-        name += "+"  # of a run that began in the same second as another
+    """The folder of the run that goes on, or of a new one, locked; of several processes, only the first makes one."""
+    run = args.resume
+    if run is None and RANK == 0:
+        Path("runs").mkdir(exist_ok=True)
+        run = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        while True:
+            with contextlib.suppress(FileExistsError):
+                run.mkdir()
+                break
+            run = run.with_name(run.name + "+")  # of a run that began in the same second as another
+    if RANK == 0:
+        lock(run)
+    return run
+
+
+def best_return(run):
+    """That of best.pt, which may be newer than the checkpoint. None if there is none."""
+    with contextlib.suppress(ValueError):
+        return load_checkpoint(run / "best.pt", Path(__file__).name).get("best")
+
+
+def extra_step(args, run, step):
+    """The step from which on the extra checkpoint is due: infinite if it is not wanted, or there already."""
+    wanted = args.save_extra_checkpoint or math.inf
+    written = [int(path.stem[11:]) for path in run.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
+    return math.inf if wanted <= min(step, max(written, default=0)) else wanted
 
 
 def train(given, args, games, agent, checkpoint, run):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
-    step, best = (checkpoint["step"], checkpoint.get("best")) if checkpoint else (0, None)
+    step = checkpoint["step"] if checkpoint else 0
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.cuda:  # on a CPU these are slow, and the usual ones just as deterministic
@@ -926,28 +1089,35 @@ def train(given, args, games, agent, checkpoint, run):
             f"{parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
     learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
     episodes = Episodes(games, checkpoint and checkpoint["episodes"])
-    seed = (args.seed + step) * 1000 + RANK * (args.num_actors + 1)  # a resumed run plays on, not again
+    seed = (args.seed + step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; processes have ranges of their own
     actors, validators = Actors(agent, args, games, seed, weights, episodes), None
     if args.valid_num_levels and RANK == 0:
         valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
         validators = Actors(agent, valid_args, games, valid_seed, weights, Episodes(games), spare=0)
         pause = math.ceil(valid_args.num_envs / (0.03 * args.batch_size))  # updates between its unrolls: 3 % of all steps
-    logger = Logger(args, run, step) if RANK == 0 else None
+    logger = None
+    if RANK == 0:
+        logger, best, extra = Logger(args, run, step), best_return(run), extra_step(args, run, step)
     profiler = make_profiler(run) if args.profile and RANK == 0 else None
     if NUM_PROCESSES > 1:
         join_processes(args, step)
-    stop, stopping, updates, saved = threading.Event(), False, 0, time.monotonic()
+        for tensor in agent.state_dict().values():  # other processors round the initial weights otherwise
+            dist.broadcast(tensor, src=0)
+        weights.copy(agent.parameters(), weights.newest, updates=0)
+    stop, stopping, updates, saved, lost_best = threading.Event(), False, 0, time.monotonic(), False
+    skipped, in_a_row = 0, 0  # updates that are not finite
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
-    def save(name):
+    def save(name, best=None):
         return save_checkpoint(run / name, given, learner, episodes, step, best)
 
     def log():
-        nonlocal best
-        valid_return = logger.write(step, learning_rate, episodes, validators)
+        nonlocal best, lost_best
+        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(actor.begun_anew for actor in actors.actors))
+        valid_return = logger.write(step, learning_rate, episodes, validators, diverged)
         if valid_return is not None and (best is None or valid_return > best):
-            best = valid_return
-            save("best.pt")
+            if not (lost_best := not save("best.pt", valid_return)):
+                best = valid_return
 
     try:
         for each in filter(None, (actors, validators, profiler)):
@@ -960,9 +1130,12 @@ def train(given, args, games, agent, checkpoint, run):
             result = learner.update(stop.is_set())
             synchronize()  # here, and not when `publish` holds the lock that actors wait for
             *statistics, stopping = result.tolist()
-            if not all(map(math.isfinite, statistics)):
+            stopping = stopping or NUM_PROCESSES == 1 and stop.is_set()  # it may have come after the update began
+            finite = all(map(math.isfinite, statistics))
+            skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+            if in_a_row == MAX_SKIPPED:
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))
-                raise FloatingPointError(f"the update after step {step:,} is not finite: {named}")
+                raise FloatingPointError(f"{in_a_row} updates in a row, the last after step {step:,}, are not finite: {named}")
             weights.publish(agent)
             before, step = step, step + args.unroll_length * args.batch_size * NUM_PROCESSES
             updates += 1
@@ -970,21 +1143,24 @@ def train(given, args, games, agent, checkpoint, run):
                 profiler.step()
             if RANK > 0:
                 continue
-            logger.add(*statistics, lag)
+            if finite:
+                logger.add(*statistics, lag)
             if validators:
                 validators.check()
                 if updates % pause == 0 and (args.deterministic or validators.full.qsize()):
                     validators.free.put(validators.get())
-            if time.monotonic() - logger.time >= args.log_interval:
+            if logger.updates and time.monotonic() - logger.time >= args.log_interval:
                 log()
-            if before < (args.save_extra_checkpoint or 0) <= step:
-                save(f"checkpoint_{step}.pt")
-            if time.monotonic() - saved >= args.save_interval:
+            due = time.monotonic() - saved >= args.save_interval
+            if step >= extra and (before < extra or due) and save(f"checkpoint_{step}.pt"):
+                extra = math.inf
+            if due:
                 save("checkpoint.pt")
                 saved = time.monotonic()
-        if logger and logger.updates:
+        if RANK == 0 and logger.updates:
             log()
-        written = RANK > 0 or save("checkpoint.pt")  # first of all: who ends this process may not wait long
+        written = RANK > 0 or all([save("checkpoint.pt"),  # first of all: who ends this process may not wait long
+                                   step < extra or save(f"checkpoint_{step}.pt"), not lost_best])
     finally:
         for each in filter(None, (actors, validators, logger)):
             each.close()
@@ -1005,9 +1181,13 @@ def main():
 
     answer_signals(leave)
     keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
         try:
             given, checkpoint = parse_args()
+            if given.resume is not None and checkpoint["step"] >= given.total_steps:
+                say(f"{given.resume} is finished, at step {checkpoint['step']:,} of {given.total_steps:,}: nothing to do")
+                return
             args, games = complete(given)
             make_envs(args, games, len(games), args.seed)  # whatever ails the engine shows here
             agent, run = make_agent(args, checkpoint), make_run(args)
@@ -1022,6 +1202,9 @@ def main():
             raise
         sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
                  f"--batch-size (learner): {str(error).splitlines()[0]}")
+    finally:
+        while locks:
+            locks.popitem()[1].close()
 
 
 if __name__ == "__main__":

@@ -184,9 +184,36 @@ def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, comm
     assert read(run / "checkpoint.pt")["step"] == 20
 
 
-def test_an_update_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, command):
+def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matrix_for_one_that_diverged(train, monkeypatch,
+                                                                                                      capsys):
+    """Both are planted, and counted in the log."""
+    get, play, unrolls, plays = script.Actors.get, script.Actor.play, [], []
+
+    def get_third_without_end(actors):
+        unrolls.append(get(actors))
+        if len(unrolls) == 3:
+            unrolls[-1].state[0][0] = float("nan")
+        return unrolls[-1]
+
+    def play_from_far_away(actor, unroll):
+        plays.append(actor)
+        if len(plays) == 3:
+            actor.state[0][0, 0] = 1e6
+        return play(actor, unroll)
+
+    monkeypatch.setattr(script.Actors, "get", get_third_without_end)
+    monkeypatch.setattr(script.Actor, "play", play_from_far_away)
+    run = train("--total-steps", 200, "--deterministic")
+    scalars = log(run)
+    assert len(scalars["loss/total"]) == 9 and scalars["skipped_updates"][0][1] == 0
+    assert scalars["skipped_updates"][-1] == (200, 1) and scalars["states_begun_anew"][-1] == (200, 1)
+    assert " | skipped updates: 1 | states begun anew: 1" in capsys.readouterr().out
+    assert all(parameter.isfinite().all() for parameter in read(run / "checkpoint.pt")["model"].values())
+
+
+def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(train, command):
     run = train("--total-steps", 20)
-    with pytest.raises(SystemExit, match="the last checkpoint is kept: the update after step .* is not finite: .*loss/policy"):
+    with pytest.raises(SystemExit, match="the last checkpoint is kept: 50 updates in a row, .*, are not finite: .*loss/policy"):
         command(script, "--resume", run, "--total-steps", 2000, "--learning-rate", 1e9, "--save-interval", 0)
     checkpoint = read(run / "checkpoint.pt")
     assert all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
@@ -243,15 +270,54 @@ def test_a_gpu_that_is_too_small_is_explained(command):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_weights_and_biases_works_offline_and_out_of_reach_does_not_end_training(tmp_path):
-    words = ("--total-steps", 40, "--track", "--exp-name")
+def tracked(folder):
+    """The steps in the files that W&B writes offline, in their order, whose blocks are those of LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, position, part = path.read_bytes(), 7, b""
+        while position + 7 <= len(data):
+            if (left := 32768 - position % 32768) < 7:  # too few bytes for a head: checksum, length, kind
+                position += left
+                continue
+            size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+            part, position = part + data[position + 7 : position + 7 + size], position + 7 + size
+            if kind in (1, 4):  # a whole record, or the last part of one
+                record, part = Record.FromString(part), b""
+                if record.HasField("history"):
+                    steps.append(record.history.step.num)
+    return steps
+
+
+def test_weights_and_biases_gets_each_entry_once_also_after_a_kill_and_out_of_reach_does_not_end_training(tmp_path):
+    """And TensorBoard finds one run, whose files are not W&B's."""
+    words = ("--track", "--log-interval", 1, "--exp-name")
     nowhere = dict(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="1")
-    offline, alone = start(tmp_path, *words, "offline", WANDB_MODE="offline"), start(tmp_path, *words, "alone", **nowhere)
-    for process in (offline, alone):
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and "checkpoint.pt at step 40" in out, err
-        assert ("training goes on without Weights & Biases" in out) == (process is alone)
-    assert list(tmp_path.glob("runs/offline__*/wandb/offline-run-*/*.wandb"))
+    killed = start(tmp_path, *words, "killed", "--save-interval", 4, WANDB_MODE="offline")
+    alone = start(tmp_path, *words, "alone", "--total-steps", 40, **nowhere)
+    assert "environments" in killed.stdout.readline()
+    (run,) = tmp_path.glob("runs/killed__*")
+    entries, checkpoint = run / "wandb_steps.txt", run / "checkpoint.pt"
+    while not (checkpoint.exists() and entries.stat().st_mtime > checkpoint.stat().st_mtime + 1 > time.time() - 1):
+        time.sleep(0.01)
+    time.sleep(0.5)  # in which the entry, newer than the checkpoint, comes to the disk
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    before = tracked(tmp_path)
+    assert before == list(map(int, entries.read_text().split())) and read(checkpoint)["step"] < before[-1]
+    last = before[-1] + 100 * STEPS
+    resumed = start(tmp_path, "--resume", run, "--total-steps", last, WANDB_MODE="offline")
+    out, error = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, error
+    out, error = alone.communicate(timeout=120)
+    assert alone.returncode == 0 and "checkpoint.pt at step 40" in out, error
+    assert "training goes on without Weights & Biases" in out
+    both = tracked(tmp_path)
+    assert both[: len(before)] == before and both == sorted(set(both)) and both[-1] == last
+    logged = [step for step, _ in log(run)["SPS"]]
+    assert both[len(before) :] == [step for step in logged if step > before[-1]] and logged[-1] == last
+    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == set(tmp_path.glob("runs/*"))
 
 
 def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(train, tmp_path):

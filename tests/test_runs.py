@@ -1,0 +1,258 @@
+"""A run is what it says: resuming, fine-tuning, best checkpoints, and who may write to a run's folder."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+import impala_procgen_ff
+import impala_procgen_srwm as script
+
+SCRIPT = Path(script.__file__)
+TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
+
+
+def read(path):
+    return script.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, None)
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+# Resuming
+
+
+def test_a_finished_run_says_so_and_nothing_is_written(train, command, capsys, tmp_path):
+    run = train("--total-steps", 40)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    command(script, "--resume", run)
+    assert capsys.readouterr().out == f"{run} is finished, at step 40 of 40: nothing to do\n"
+    assert contents(tmp_path) == before
+
+
+def test_another_experiment_is_not_what_a_run_goes_on_with(train, command, refused, capsys, tmp_path):
+    """Be it finished or not."""
+    run = train("--total-steps", 20)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    for words in ("--env maze", "--multi-env 3", "--distribution-mode hard", "--num-levels 100", "--start-level 1", "--seed 2",
+                  "--exp-name ft", "--reward-clipping none", "--no-carry-state", "--hidden-size 64", "--num-head 4",
+                  "--num-layers 1", "--bptt-length 1"):
+        for steps in (20, 40):
+            refused(partial(command, script, "--resume", run, "--total-steps", steps, *words.split()),
+                    words.split()[0].replace("--no-", "--"), "--init-from")
+    assert contents(tmp_path) == before
+
+
+def test_six_games_may_be_named_or_left_out(train, command):
+    run = train("--total-steps", 20, "--multi-env", "None", "--num-envs", 6)
+    command(script, "--resume", run, "--total-steps", 40, "--multi-env", 6)
+    assert read(run)["step"] == 40
+
+
+def test_a_run_goes_on_from_any_of_its_checkpoints(train, command, tmp_path):
+    run = train("--total-steps", 100, "--save-extra-checkpoint", 40)
+    command(script, "--resume", run / "checkpoint_40.pt", "--total-steps", 80)
+    checkpoint = read(run)
+    assert checkpoint["step"] == 80 and checkpoint["optimizer"]["state"][0]["step"] == 5  # four updates, and one to make it
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+
+
+def test_auto_takes_the_newest_unfinished_run_of_the_same_arguments_or_begins_one(train, command, tmp_path):
+    def steps():
+        return sorted(read(run)["step"] for run in tmp_path.glob("runs/*"))
+
+    train("--total-steps", 40, "--resume", "auto")
+    assert steps() == [40]
+    train("--total-steps", 40, "--resume", "auto")  # the first is finished
+    assert steps() == [40, 40]
+    older, newer = sorted(tmp_path.glob("runs/*"), key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
+    for run in (older, newer):
+        torch.save(torch.load(run / "checkpoint.pt") | {"step": 20}, run / "checkpoint.pt")
+    assert train("--total-steps", 40, "--resume", "auto") is None
+    assert (read(older)["step"], read(newer)["step"]) == (20, 40)
+    train("--total-steps", 40, "--resume", "auto", "--num-levels", 5)
+    train("--total-steps", 40, "--resume", "auto", "--seed", 2)
+    assert steps() == [20, 40, 40, 40]
+
+
+def test_auto_leaves_a_run_to_the_process_that_trains_it(train):
+    run = train("--total-steps", 40)
+    torch.save(torch.load(run / "checkpoint.pt") | {"step": 20}, run / "checkpoint.pt")
+    with open(run / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert train("--total-steps", 40, "--resume", "auto") is not None
+    assert read(run)["step"] == 20
+
+
+def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
+    def start(*words):
+        return subprocess.Popen([sys.executable, SCRIPT, *TINY, *map(str, words)], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+    first = start("--total-steps", 1_000_000, "--save-interval", 0)
+    while not first.stdout.readline().startswith("step"):
+        pass
+    (run,) = tmp_path.glob("runs/*")
+    while not (run / "checkpoint.pt").exists():
+        first.stdout.readline()
+    second = start("--resume", run)
+    out, error = second.communicate(timeout=60)
+    assert second.returncode == 2 and f"{run} is in use: another process trains there" in error and len(error.splitlines()) == 1
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    step = read(run)["step"]
+    third = start("--resume", run, "--total-steps", step + 10)  # a killed process keeps nobody off
+    assert third.wait(timeout=60) == 0 and read(run)["step"] == step + 10
+
+
+# Fine-tuning
+
+
+def test_a_run_begins_with_the_weights_of_another_which_stays_as_it_is(train, tmp_path):
+    parent = train("--total-steps", 40, "--hidden-size", 32, "--num-head", 2, "--num-layers", 1)
+    before = contents(parent)
+    run = train("--total-steps", 20, "--init-from", parent, "--exp-name", "ft", "--learning-rate", 0, "--seed", 7)
+    assert contents(parent) == before and run.name.startswith("ft__7__")
+    old, new = read(parent), read(run)
+    assert new["step"] == 20 and new["optimizer"]["state"][0]["step"] == 2  # one update, and one to make it
+    assert new["args"]["hidden_size"] == 32 and new["args"]["init_from"] == str(parent)
+    assert all(torch.equal(old["model"][name], new["model"][name]) for name in old["model"])
+
+
+def test_a_fine_tuned_run_can_be_resumed_and_found(train, command):
+    parent = train("--total-steps", 40, "--hidden-size", 32)
+    words = ["--init-from", parent / "checkpoint.pt", "--exp-name", "ft", "--resume", "auto"]
+    run = train("--total-steps", 40, *words)
+    torch.save(torch.load(run / "checkpoint.pt") | {"step": 20}, run / "checkpoint.pt")
+    assert train("--total-steps", 40, *words) is None
+    assert read(run)["step"] == 40
+    command(script, "--resume", run, "--total-steps", 60)
+    assert read(run)["step"] == 60
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--hidden-size", 64], "other sizes"), (["--resume", "runs"], "--resume and --init-from exclude each other")])
+def test_weights_that_do_not_fit_are_refused(words, expected, train, command, refused, capsys, tmp_path):
+    run = train("--total-steps", 20)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    refused(lambda: command(script, *SMALL, "--init-from", run, *words), expected)
+    refused(lambda: command(impala_procgen_ff, *SMALL, "--init-from", run), "other sizes")
+    assert contents(tmp_path) == before
+
+
+# The best checkpoint, and the extra one
+
+
+@pytest.fixture
+def validation(monkeypatch):
+    """Lets every log entry have the next of the given validation returns."""
+    values, write = [], script.Logger.write
+
+    def planted(*arguments):
+        write(*arguments)
+        return values.pop(0) if values else None
+
+    monkeypatch.setattr(script.Logger, "write", planted)
+    return values
+
+
+def test_the_best_checkpoint_never_gets_worse(train, command, validation):
+    validation += [0.5, 0.7, 0.6]
+    run = train("--total-steps", 60)
+    assert (read(run / "best.pt")["best"], read(run / "best.pt")["step"]) == (0.7, 40)
+    validation += [0.6, 0.65, 0.8, 0.6]
+    command(script, "--resume", run, "--total-steps", 100)  # whose checkpoint knows nothing of the best
+    assert read(run / "best.pt")["step"] == 40
+    command(script, "--resume", run, "--total-steps", 140)
+    assert (read(run / "best.pt")["best"], read(run / "best.pt")["step"]) == (0.8, 120)
+
+
+class FullDisk:
+    """Nothing can be written to the file as long as it is a link to /dev/full, until so many failures were told."""
+
+    def __init__(self, path, failures, monkeypatch):
+        self.path, self.failures, self.say = path.with_suffix(".tmp"), failures, script.say
+        self.path.symlink_to("/dev/full")
+        monkeypatch.setattr(script, "say", self.hear)
+
+    def hear(self, text, *rest):
+        self.say(text, *rest)
+        if "could not be written" in text:
+            self.failures -= 1
+            if self.failures == 0:
+                self.path.unlink()
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(train, command, validation, monkeypatch):
+    run = train("--total-steps", 20)
+    FullDisk(run / "best.pt", 1, monkeypatch)
+    validation += [0.7, 0.6]
+    command(script, "--resume", run, "--total-steps", 60)
+    assert (read(run / "best.pt")["best"], read(run / "best.pt")["step"]) == (0.6, 60)
+
+
+def test_an_extra_checkpoint_that_could_not_be_written_is_tried_again(train, command, monkeypatch):
+    run = train("--total-steps", 20)
+    FullDisk(run / "checkpoint_40.pt", 1, monkeypatch)
+    command(script, "--resume", run, "--total-steps", 80, "--save-extra-checkpoint", 40, "--save-interval", 0)
+    assert read(run / "checkpoint_60.pt")["step"] == 60
+    assert not (run / "checkpoint_80.pt").exists() and not (run / "checkpoint_40.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoint_40"])
+def test_a_run_that_ends_without_one_of_its_checkpoints_ends_with_status_1(name, train, command, validation, monkeypatch):
+    run = train("--total-steps", 20)
+    FullDisk(run / name, 10, monkeypatch)
+    validation += [0.7]
+    with pytest.raises(SystemExit) as end:
+        command(script, "--resume", run, "--total-steps", 40, "--save-extra-checkpoint", 40)
+    assert end.value.code == 1 and read(run)["step"] == 40
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(train, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def note_sync(number):
+        fsync(number)
+        done.append(os.readlink(f"/proc/self/fd/{number}"))
+
+    def note_replace(old, new):
+        replace(old, new)
+        done.append("renamed")
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    run = train("--total-steps", 20)
+    assert done == [str(run / "checkpoint.tmp"), "renamed", str(run)]
+
+
+# Stopping
+
+
+def test_a_signal_is_followed_by_one_update_at_most(train, monkeypatch):
+    """Wherever in an update it comes: here at its end."""
+    update, calls = script.Learner.update, []
+
+    def signalled(learner, *arguments):
+        result = update(learner, *arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(0.2)  # in which the handler runs
+        return result
+
+    monkeypatch.setattr(script.Learner, "update", signalled)
+    run = train("--total-steps", 1_000_000)
+    assert len(calls) == 3 and read(run)["step"] == 60
