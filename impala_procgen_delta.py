@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import io
+import itertools
 import math
 import os
 import queue
@@ -417,6 +418,7 @@ class Unroll:
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
         self.version = 0  # of the weights that acted
+        self.used = None  # CUDA's event after which it is free to be read, or to be written again
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
@@ -427,27 +429,29 @@ class Unroll:
 @torch.no_grad()
 def begin_diverged_anew(agent, state):
     """Sets the state, whose parts are (B, ...), of environments to zero in which it is not finite or reaches the agent's bound,
-    if that has one. Returns their number."""
+    if that has one. Returns their number, a tensor, for which nobody has to wait."""
     bound = getattr(agent, "state_bound", math.inf)
     diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
     diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
     for part in state:
         part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
-    return int(diverged.sum())
+    return diverged.sum()
 
 
 class Weights:
-    """The newest weights on their way from the learner to the actors: whole, never half an update."""
+    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU each copy waits there
+    for the one before, whichever thread began it; nobody waits for a copy on the host."""
 
     def __init__(self, agent):
         self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
-        self.version, self.lock = 0, threading.Lock()
+        self.version, self.lock, self.copied = 0, threading.Lock(), record_event()
 
     @torch.no_grad()
     def copy(self, sources, targets, updates):
         with self.lock:
+            wait_on_device(self.copied)
             torch._foreach_copy_(list(targets), list(sources))
-            synchronize()
+            self.copied = record_event()
             self.version += updates
             return self.version
 
@@ -470,6 +474,12 @@ def record_event():
 def wait_for(event):
     if event is not None:
         event.synchronize()
+
+
+def wait_on_device(event):
+    """Lets what the calling thread's stream does next wait for an event, but not the thread."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
 
 
 def synchronize():
@@ -509,7 +519,7 @@ class Actor:
 
     def __init__(self, index, args, games, seed, weights, episodes):
         self.name, self.args, self.games, self.weights, self.episodes = f"actor {index}", args, games, weights, episodes
-        self.waiting_since, self.begun_anew = None, 0
+        self.waiting_since = None
         self.envs = make_envs(args, games, args.num_envs, seed, engine_threads(args))
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
@@ -518,6 +528,7 @@ class Actor:
         self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
         self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown[1:]]  # on the host
         self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # this too
+        self.begun_anew = torch.zeros((), device=device)  # states that diverged
         frames = torch.from_numpy(self.envs.observe()[1]["rgb"])  # the engine's own buffer
         self.shown.insert(0, frames.unsqueeze(0))
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -585,8 +596,9 @@ class Actor:
                 self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
         self.store()
+        wait_on_device(unroll.used)
         torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
-        synchronize()
+        unroll.used = record_event()
 
 
 class Actors:
@@ -618,12 +630,23 @@ class Actors:
             while (unroll := self.free.get()) is not None:
                 yield from actor.play(unroll)
                 self.full.put(unroll)
+
+        def go_on(i):
+            if actors[i].stream is not None:
+                torch.cuda.set_stream(actors[i].stream)
+            next(games[i], None)
+
         try:
-            games = [(actor.stream, unrolls(actor)) for actor in actors]
-            while not self.stop.is_set():
-                for stream, game in games:
-                    with torch.cuda.stream(stream):
-                        next(game, None)
+            games, number = [unrolls(actor) for actor in actors], len(actors)
+            for i in range(number):  # if all unrolls ended at once, the learner could not take them, and nobody would play
+                for _ in range(2 * (i * self.args.unroll_length // number)):
+                    go_on(i)
+            while True:
+                for i in range(number):
+                    if self.stop.is_set():
+                        return
+                    go_on(i)  # its environments have moved, and it infers
+                    go_on(i - number // 3)  # it has inferred, and its environments move
         except BaseException as error:
             self.error = error
         finally:
@@ -704,12 +727,13 @@ class Learner:
                 self.unroll, self.column = actors.get(), 0
                 if self.unroll is None:
                     return None
+                wait_on_device(self.unroll.used)
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
             torch._foreach_copy_(self.batch.columns(filled, count), self.unroll.columns(self.column, count))
             lag += (version - self.unroll.version) * count / self.args.batch_size
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
-                synchronize()
+                self.unroll.used = record_event()
                 actors.free.put(self.unroll)
                 self.unroll = None
         return lag
@@ -1196,7 +1220,7 @@ def train(given, args, games, agent, checkpoint, run):
 
     def log():
         nonlocal best, lost_best
-        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(actor.begun_anew for actor in actors.actors))
+        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(int(actor.begun_anew) for actor in actors.actors))
         valid_return = logger.write(step, learning_rate, episodes, validators, diverged)
         if valid_return is not None and (best is None or valid_return > best):
             if not (lost_best := not save("best.pt", valid_return)):
@@ -1211,7 +1235,7 @@ def train(given, args, games, agent, checkpoint, run):
             learning_rate = args.learning_rate * (1 - step / args.total_steps)
             learner.learning_rate.fill_(learning_rate)
             result = learner.update(stop.is_set())
-            synchronize()  # here, and not when `publish` holds the lock that actors wait for
+            synchronize()  # and leaves the core to others, which `tolist` would not
             *statistics, stopping = result.tolist()
             stopping = stopping or NUM_PROCESSES == 1 and stop.is_set()  # it may have come after the update began
             finite = all(map(math.isfinite, statistics))
