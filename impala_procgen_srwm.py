@@ -17,7 +17,6 @@ import contextlib
 import copy
 import ctypes
 import io
-import itertools
 import math
 import os
 import queue
@@ -438,8 +437,8 @@ def begin_diverged_anew(agent, state):
 
 
 class Weights:
-    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU each copy waits there
-    for the one before, whichever thread began it; nobody waits for a copy on the host."""
+    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU each copy waits
+    there for the one before, whichever thread began it; nobody waits for a copy on the host."""
 
     def __init__(self, agent):
         self.newest = [parameter.detach().clone() for parameter in agent.parameters()]

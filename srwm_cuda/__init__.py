@@ -1,24 +1,25 @@
-"""Self-referential weight matrices and the delta rule for PyTorch: fused CUDA kernels, and the same in plain PyTorch.
+"""Self-referential weight matrices, the delta rule and IMPALA's CNN for PyTorch: fused CUDA kernels, and plain PyTorch.
 
     y, new_state = srwm_cuda.srwm(x, W, state, done)
     out, new_state = srwm_cuda.delta_rule(q, k, v, beta, state, done)
+    features = srwm_cuda.impala_cnn(frames, *parameters)
 
 CUDA tensors of float32 take the kernels, which `srwm_cuda.kernels` compiles at first use, in seconds, with nothing but what
-PyTorch brings along; if that fails, a warning says why. All others take `srwm_cuda.reference`, a loop over time that reads like
-the equations.
+PyTorch brings along; if that fails, a warning says why. All others take `srwm_cuda.reference`, which reads like the
+equations.
 """
 
 import functools
-import math
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import kernels, reference
+from . import cnn, kernels, reference
+from .cnn import is_impala_cnn
 
-__all__ = ["delta_rule", "impala_cnn", "reference", "srwm"]
+__all__ = ["delta_rule", "impala_cnn", "is_impala_cnn", "reference", "srwm"]
 
 KERNEL_HEAD_SIZES = (8, 16, 32, 64)
 MAX_COLUMNS, LANES = 512, 4  # as in common.cuh: columns of a matrix, and threads that sum over those of one row together
@@ -112,8 +113,9 @@ def impala_cnn(frames, *parameters):
 
     Returns:
         (N, 2048), x2 of the third section, its 32 channels of 8 x 8 one after another, differentiable with respect to the
-        parameters: on a GPU from compute capability 8.0, bfloat16, computed by the kernels from operands in bfloat16 with sums
-        in float32; elsewhere what `reference.impala_cnn` makes of it.
+        parameters. The kernels compute it from operands in bfloat16 with sums in float32, in bfloat16. They run on GPUs from
+        compute capability 8.0 whose blocks may have 136 KiB of shared memory (A100, H100 and newer of their kind), on float32
+        parameters; elsewhere it is what `reference.impala_cnn` makes of it.
 
     Raises:
         ValueError: a shape, dtype or device that is none of the above.
@@ -121,29 +123,21 @@ def impala_cnn(frames, *parameters):
     The kernels are deterministic, run on PyTorch's current stream and can be captured into a CUDA graph. What they compute of a
     frame does not depend on the others of its batch.
     """
-    if not isinstance(frames, torch.Tensor) or frames.shape[1:] != (64, 64, 3) or frames.dtype != torch.uint8 or not len(frames):
+    is_frames = isinstance(frames, torch.Tensor) and frames.dim() == 4 and frames.shape[1:] == (64, 64, 3) and len(frames) > 0
+    if not is_frames or frames.dtype != torch.uint8:
         raise ValueError(f"frames must be a uint8 tensor of shape (N, 64, 64, 3), N at least 1, got {_got(frames)}")
-    if len(parameters) != len(CNN_SHAPES):
-        raise ValueError(f"parameters must be {len(CNN_SHAPES)} tensors, weight and bias of each layer, got {len(parameters)}")
-    for i, (parameter, shape) in enumerate(zip(parameters, CNN_SHAPES)):
-        name = f"parameters[{i}]"
+    if len(parameters) != len(cnn.SHAPES):
+        raise ValueError(f"parameters must be {len(cnn.SHAPES)} tensors, weight and bias of each layer, got {len(parameters)}")
+    for i, (parameter, shape) in enumerate(zip(parameters, cnn.SHAPES)):
         if not isinstance(parameter, torch.Tensor) or tuple(parameter.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {_got(parameter)}")
-        if parameter.dtype != parameters[0].dtype or parameter.device != frames.device:
-            raise ValueError(f"{name} must be {parameters[0].dtype} on {frames.device}, got {parameter.dtype} on {parameter.device}")
-    return _ImpalaCNN.apply(frames, torch.is_grad_enabled(), *parameters)
-
-
-def is_impala_cnn(module):
-    """Whether a module computes what `impala_cnn` does with the module's parameters, tried on two images."""
-    parameters = [parameter.detach() for parameter in module.parameters()]
-    if [tuple(parameter.shape) for parameter in parameters] != CNN_SHAPES:
-        return False
-    frames = (torch.arange(2 * 64 * 64 * 3) % 251).to(torch.uint8).view(2, 64, 64, 3)
-    expected = reference.impala_cnn(frames, *parameters)
-    with torch.no_grad():
-        features = module(frames.permute(0, 3, 1, 2) / 255).flatten(1)
-    return features.shape == expected.shape and torch.allclose(features, expected, rtol=1e-3, atol=1e-3)
+            raise ValueError(f"parameters[{i}] must have shape {shape}, got {_got(parameter)}")
+        if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != parameters[0].dtype:
+            raise ValueError(f"parameters[{i}] must be float32 or float64 like the first, got {parameter.dtype}")
+        if parameter.device != frames.device:
+            raise ValueError(f"parameters[{i}] must be on {frames.device} like frames, got {parameter.device}")
+    if frames.is_cuda and parameters[0].dtype == torch.float32 and cnn.kernels_run_on(frames.device):
+        return cnn.ImpalaCNN.apply(frames, torch.is_grad_enabled(), *parameters)
+    return reference.impala_cnn(frames, *parameters)
 
 
 # Under no_grad needs_input_grad still says True, and within forward is_grad_enabled() always says False: hence the argument.
@@ -201,72 +195,6 @@ class _DeltaRule(torch.autograd.Function):
         _delta_rule_launches(q.shape[-1], V)[1](B * H, ctx.shape, q, k, beta, state, error, episode,
                                                 grad_out.contiguous(), grad_new_state.contiguous(), *grads)
         return *grads, None, None, None
-
-
-CNN_LAYERS = [(3, 16), *[(16, 16)] * 4, (16, 32), *[(32, 32)] * 9]  # channels of each convolution's input and output
-CNN_SHAPES = [shape for inputs, outputs in CNN_LAYERS for shape in ((outputs, inputs, 3, 3), (outputs,))]
-CNN_FRAGMENTS = 2 * sum(9 * 32 * inputs * outputs // 256 if inputs > 3 else 96 for inputs, outputs in CNN_LAYERS)  # as in pack()
-
-
-class _ImpalaCNN(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, frames, grad_enabled, *parameters):
-        frames, N, x = frames.contiguous(), len(frames), frames
-        flat = torch.cat([parameter.flatten() for parameter in parameters])
-        fragments = flat.new_empty(CNN_FRAGMENTS, 4)
-        _launch_cnn("pack", _round_up(CNN_FRAGMENTS, 256) // 256, 256, 0, flat, fragments)
-        tensors = [frames, fragments]
-        for section, (W, C) in enumerate(((32, 16), (16, 32), (8, 32))):
-            output, saved, argmax = frames.new_empty(N, W, W, C, dtype=torch.bfloat16), None, None
-            if grad_enabled and any(ctx.needs_input_grad):
-                saved, argmax = output.new_empty(4, N, W, W, C), frames.new_empty(N, W, W, C)
-            at_once = (1, 2, 4)[section] if N > 512 else (1, 1, 2)[section]
-            first = ((66 * 68 * 4, 18 * 64 * 16), (34 * 34 * 16, 10 * 32 * 32), (2 * 18 * 18 * 32, 2 * 18 * 16 * 32))[section]
-            images = at_once * (W + 2) ** 2 * C
-            shared = 2 * (images + max(images + 9 * C * C, sum(first)))
-            _launch_cnn(f"section_forward<{section}, {at_once}>", -(-N // at_once), 256, shared,
-                        N, x, flat, fragments, output, saved, argmax)
-            tensors += [x, saved, argmax]
-            x = output
-        ctx.save_for_backward(*tensors)
-        return x.permute(0, 3, 1, 2).flatten(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        frames, fragments, *sections = ctx.saved_tensors
-        N, blocks = len(frames), torch.cuda.get_device_properties(frames.device).multi_processor_count
-        numbers = [math.prod(shape) for shape in CNN_SHAPES]
-        partial = frames.new_empty(blocks, sum(numbers), dtype=torch.float32)
-        gradient = gradient.unflatten(1, (32, 8, 8)).permute(0, 2, 3, 1).contiguous()
-
-        def layer_backward(kind, layer, frames_at_once, gradient, argmax, input, skipping=None):
-            inputs, outputs = CNN_LAYERS[layer]
-            W = input.shape[1]
-            grad_input, pooled = torch.empty_like(input), kind == "POOLED"
-            images = frames_at_once * (W + 2) ** 2 * ((1 if pooled else 2) * outputs + 2 * inputs)
-            shared = 2 * images + frames_at_once * W * W * (pooled * 3 * outputs // 4 + (kind == "FIRST") * 4 * inputs)
-            _launch_cnn(f"layer_backward<{W}, {inputs}, {outputs}, {kind}, {frames_at_once}>", blocks, 512, shared,
-                        N, layer, gradient, argmax, input, skipping, fragments, grad_input, partial)
-            return grad_input
-
-        for section in (2, 1, 0):
-            x, saved, argmax = sections[3 * section : 3 * section + 3]
-            x0, h1, x1, h2 = saved
-            layer, at_once = 5 * section, (1, 2, 4)[section]
-            for first, input, hidden in ((layer + 3, x1, h2), (layer + 1, x0, h1)):
-                inner = layer_backward("SECOND", first + 1, at_once, gradient, None, hidden)
-                gradient = layer_backward("FIRST", first, at_once, inner, None, input, gradient)
-            if section > 0:
-                gradient = layer_backward("POOLED", layer, section, gradient, argmax, x)
-        of_frames = partial.new_empty(3 * blocks, sum(numbers[:2]))
-        _launch_cnn("frames_backward", len(of_frames), 256, 2 * (2 * 18 * 68 * 4 + 16 * 64 * 16), N, frames, gradient, argmax, of_frames)
-        sums = torch.cat([of_frames.sum(0), partial[:, of_frames.shape[1] :].sum(0)]).split(numbers)
-        return None, None, *(part.view(shape) for part, shape in zip(sums, CNN_SHAPES))
-
-
-def _launch_cnn(kernel, blocks, threads, shared_bytes, *arguments):
-    kernels.launch("impala_cnn.cu", kernel, (blocks, 1, 1), (threads, 1, 1), shared_bytes, *arguments)
 
 
 class _Launch(NamedTuple):

@@ -112,8 +112,8 @@ __device__ inline void clear(void* memory, int bytes) {
   for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) static_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);
 }
 
-// Where a pixel's channel lies in a row of images of C channels. Groups of eight change places, so that those of eight neighbours
-// are in different banks.
+// Where a pixel's channel lies in a row of images of C channels. Groups of eight change places, so that those of eight
+// neighbours are in different banks.
 template <int C>
 __device__ inline int in_row(int x, int channel) {
   constexpr int GROUPS = C / 8;
@@ -125,7 +125,9 @@ template <int W_, int C_, int FRAMES>
 struct Images {
   static constexpr int W = W_, C = C_, ROW = (W + 2) * C, IMAGE = (W + 2) * ROW, SIZE = FRAMES * IMAGE;
 
-  static __device__ int at(int frame, int y, int x, int channel) { return frame * IMAGE + (y + 1) * ROW + in_row<C>(x + 1, channel); }
+  static __device__ int at(int frame, int y, int x, int channel) {
+    return frame * IMAGE + (y + 1) * ROW + in_row<C>(x + 1, channel);
+  }
 
   // Starts copying whole images, those of `valid` frames, and zeros for the others. THREADS have so many rows at a time that a
   // thread's pixel moves by whole rows.
@@ -161,13 +163,13 @@ struct Fragments {
   }
 };
 
-// Slides down ROWS rows of a convolution's output from row y on, 16 of its channels. Its input is `in`, an image of In; the lane's
-// pixel of the strip, number lane % 16, is in column x. What a thread gets is pixel g of the strip, channels 4t to 4t + 3 of the
-// 16, and the same of pixel g + 8: store(row, four, four).
+// Slides down ROWS rows of a convolution's output from row y on, 16 of its channels. Its input is `in`, an image of In; the
+// lane's pixel of the strip, number lane % 16, is in column x. A thread gets of pixel g of the strip the channels 4t to 4t + 3
+// of the 16, and the same of pixel g + 8: store(row, four, four).
 template <typename In, int ROWS, bool RELU, typename Store>
 __device__ void slide(const bf16* in, int y, int x, const Fragments<In::C>& weights, float4 bias, Store store) {
   constexpr int PARTS = In::C / 16;
-  asm volatile("" : "+r"(x));  // or the compiler computes all addresses ahead of the loop over frames, and has no registers left
+  asm volatile("" : "+r"(x));  // or the compiler keeps all addresses, computed before the loop over frames, in registers
   float sums[3][8];
 #pragma unroll
   for (int r = 0; r < ROWS + 2; ++r) {
@@ -212,22 +214,24 @@ __device__ void convolve(int warp, const bf16* in, const Fragments<IN>& weights,
   });
 }
 
-// Writes all layers' weights as slide() wants them: for the forward pass, and behind them for the backward pass, which convolves
-// with the kernels turned round and inputs and outputs exchanged. A thread writes four unsigneds.
+// Writes all layers' weights as slide() wants them: for the forward pass, and behind them for the backward pass, which
+// convolves with the kernels turned round and inputs and outputs exchanged. A thread writes four unsigneds.
 __global__ void pack(const float* __restrict__ parameters, uint4* __restrict__ fragments) {
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
   if (thread >= 2 * fragments_before(LAYERS)) return;
   const bool backward = thread >= fragments_before(LAYERS);
-  int layer = 0, i = thread % fragments_before(LAYERS);
-  while (i >= fragments_before(layer + 1)) ++layer;
+  int i = thread % fragments_before(LAYERS), layer = 0, first = 0;
+  const float* weight = parameters;
+#pragma unroll
+  for (int l = 1; l < LAYERS; ++l)
+    if (i >= fragments_before(l)) layer = l, first = fragments_before(l), weight = parameters + parameters_before(l);
   if (layer == 0 && backward) return;
-  i -= fragments_before(layer);
+  i -= first;
   const int in = inputs_of(layer), out = outputs_of(layer);
-  const float* weight = parameters + parameters_before(layer);
   const int lane = i % 32, parts = (backward ? out : in) / 16;
   // The product's 16 rows are (channel of its input), its columns (channel of its output): the weight that joins the two.
   auto at = [&](int row, int column) {
-    if (layer == 0) {  // a kernel's row is one product: its rows are four pixels of four channels, of which three each are there
+    if (layer == 0) {  // a kernel's row is one product: four pixels of four channels, of which there are three each
       const int y = i / 32, x = row / 4, channel = row % 4;
       return x < 3 && channel < 3 ? weight[(column * 3 + channel) * 9 + 3 * y + x] : 0.f;
     }
@@ -302,9 +306,9 @@ __device__ void slide_frame(const bf16* frame, const uint4 (&weights)[3], Store 
   }
 }
 
-// The maxima of windows of 3 x 3 with stride 2, of a band of BAND rows of SIZE pixels and OUT channels, eight channels to a thread;
-// two numbers go as one. `above` is the row above the band, null if there is none. store(y, x, group, eight maxima, their places).
-template <int SIZE, int OUT, int BAND, typename Store>
+// The maxima of windows of 3 x 3 with stride 2, of a band of rows of SIZE pixels and OUT channels, eight channels to a thread;
+// two numbers go as one. `above` is the row above the band, null if there is none. store(y, x, group, maxima, their places).
+template <int SIZE, int OUT, typename Store>
 __device__ void pool(const bf16* band, const bf16* above, int i, Store store) {
   const int group = i % (OUT / 8) * 8, x = i / (OUT / 8) % (SIZE / 2), y = i / (OUT / 8) / (SIZE / 2);
   unsigned v[9][4], most[4], which[4] = {};
@@ -336,8 +340,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
                                     const float* __restrict__ parameters,   // of all layers
                                     const uint4* __restrict__ fragments,    // of all layers, from pack()
                                     bf16* __restrict__ output,              // (N, W, W, OUT)
-                                    bf16* __restrict__ saved,               // (4, N, W, W, OUT)  x0, h1, x1, h2  } for backward,
-                                    unsigned char* __restrict__ argmax)     // (N, W, W, OUT)   0 to 8 of a window } or null
+                                    bf16* __restrict__ saved,               // (4, N, W, W, OUT)  x0, h1, x1, h2, for the backward pass, or null
+                                    unsigned char* __restrict__ argmax)     // (N, W, W, OUT)  places of maxima, 0 to 8, for the same, or null
 {
   typedef Section<SECTION> S;
   constexpr int SIZE = S::SIZE, W = S::W, IN = S::IN, OUT = S::OUT, BAND = S::BAND, AT_ONCE = S::AT_ONCE;
@@ -349,11 +353,12 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
   bf16* x = shared;            // Inner
   bf16* h = x + Inner::SIZE;   // Inner, but before that:
   bf16* in = h;                // AT_ONCE inputs with their borders
-  bf16* conv = in + INPUT;     // (AT_ONCE, BAND + 2, SIZE, OUT)  a band of the first convolution's output. Its last row is needed
-                               // for the next band too: row BAND + b % 2 is what band b has above it
+  bf16* conv = in + INPUT;     // (AT_ONCE, BAND + 2, SIZE, OUT)  a band of the first convolution's output. The next band needs
+                               // its last row too: row BAND + b % 2 is what band b has above it
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-  const int first = blockIdx.x * FRAMES, valid = min(FRAMES, N - first);
+  const int first = blockIdx.x * FRAMES;
+  const int valid = min(FRAMES, N - first);
   const size_t base = (size_t)first * W * W * OUT;
 
   clear(x, (Inner::SIZE + INPUT) * sizeof(bf16));
@@ -377,7 +382,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
     for (int frame = 0; frame < FRAMES; frame += AT_ONCE) {
       __syncthreads();
       if constexpr (SECTION == 0) {
-        load_frame(static_cast<const unsigned char*>(input) + (size_t)first * 64 * 64 * 3, 0, 64, [&](int y, int pixel, uint2 v) {
+        const unsigned char* frame = static_cast<const unsigned char*>(input) + (size_t)first * 64 * 64 * 3;
+        load_frame(frame, 0, 64, [&](int y, int pixel, uint2 v) {
           *reinterpret_cast<uint2*>(in + ((y + 1) * FRAME_PITCH + pixel) * 4) = v;
         });
       } else {
@@ -397,7 +403,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
               v.x = v.x * (1 / 255.f) + bias.x, v.y = v.y * (1 / 255.f) + bias.y;
               v.z = v.z * (1 / 255.f) + bias.z, v.w = v.w * (1 / 255.f) + bias.w;
             }
-            bf16* to = conv + T::frame(strip, g + 8 * half) * (BAND + 2) * CONV_ROW + in_row<OUT>(T::x(strip, g + 8 * half), channel);
+            const int i = g + 8 * half;
+            bf16* to = conv + T::frame(strip, i) * (BAND + 2) * CONV_ROW + in_row<OUT>(T::x(strip, i), channel);
             *reinterpret_cast<uint2*>(to + (y0 + row) * CONV_ROW) = packed(v);
             if (row == ROWS - 1 && y0 + ROWS == BAND)
               *reinterpret_cast<uint2*>(to + (BAND + (band + 1) % 2) * CONV_ROW) = packed(v);
@@ -406,15 +413,15 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
         if constexpr (SECTION == 0)
           slide_frame<ROWS>(in + ((band * BAND + y0) * FRAME_PITCH + T::x(strip, g)) * 4, frame_weights, store);
         else
-          slide<Outer, ROWS, false>(in + T::frame(strip, lane % 16) * Outer::IMAGE, band * BAND + y0, T::x(strip, lane % 16), weights,
-                                    bias, store);
+          slide<Outer, ROWS, false>(in + T::frame(strip, lane % 16) * Outer::IMAGE, band * BAND + y0, T::x(strip, lane % 16),
+                                    weights, bias, store);
         __syncthreads();
 
         constexpr int EACH = BAND / 2 * W * OUT / 8;
         for (int i = threadIdx.x; i < AT_ONCE * EACH; i += THREADS) {
           const int image = i / EACH;
           const bf16* from = conv + image * (BAND + 2) * CONV_ROW;
-          pool<SIZE, OUT, BAND>(from, band == 0 ? nullptr : from + (BAND + band % 2) * CONV_ROW, i % EACH,
+          pool<SIZE, OUT>(from, band == 0 ? nullptr : from + (BAND + band % 2) * CONV_ROW, i % EACH,
                                 [&](int y, int px, int group, uint4 eight, uint2 places) {
             y += band * BAND / 2;
             *reinterpret_cast<uint4*>(x + Inner::at(frame + image, y, px, group)) = eight;
@@ -449,7 +456,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
     if (i < 4) fetch(layer + 1);
     bf16* to = i == 4 ? output + base : saved == nullptr ? nullptr : saved + i * (size_t)N * W * W * OUT + base;
     auto write = [&](int frame, int y, int x, int channel, uint2 v) {
-      if (to != nullptr && (FRAMES == 1 || frame < valid)) *reinterpret_cast<uint2*>(to + ((frame * W + y) * W + x) * OUT + channel) = v;
+      if (to != nullptr && (FRAMES == 1 || frame < valid))
+        *reinterpret_cast<uint2*>(to + ((frame * W + y) * W + x) * OUT + channel) = v;
     };
     if (i % 2 == 1) {
       convolve<W, OUT, OUT, FRAMES, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
@@ -461,7 +469,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
     } else {
       convolve<W, OUT, OUT, FRAMES, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2& skipped = *reinterpret_cast<uint2*>(x + Inner::at(frame, y, px, channel));
-        skipped = packed(make_float4(v.x + low(skipped.x), v.y + high(skipped.x), v.z + low(skipped.y), v.w + high(skipped.y)));
+        v.x += low(skipped.x), v.y += high(skipped.x), v.z += low(skipped.y), v.w += high(skipped.y);
+        skipped = packed(v);
         write(frame, y, px, channel, skipped);
       });
     }
@@ -510,7 +519,7 @@ constexpr unsigned ONES = 0x3f803f80;
 struct WeightGradient {
   float sums[9][8] = {}, bias[4] = {};
 
-  // Adds what ROWS rows of the layer's input from row y on contribute, in channels from in_channel on; of the gradient, in those
+  // Adds what ROWS rows of the layer's input from row y on contribute, its 16 channels from in_channel on, and the gradient's
   // from out_channel on. `input` and `gradient` are the lane's images, x its pixel's column in them.
   template <typename Input, typename Output, int ROWS, bool RELU>
   __device__ void add(const bf16* input, int in_channel, const bf16* gradient, int out_channel, int y, int x, bool with_bias) {
@@ -577,14 +586,14 @@ enum Kind {
 };
 
 // A layer's gradients of its input and of its weights, in one pass over all frames: half of the warps compute the one, half the
-// other. A block keeps its sums over frames until it has seen its last; the blocks' are added later. Two buffers each take turns:
-// while one is computed with, the next frames are on their way into the other.
-template <int W, int IN, int OUT, int KIND, int FRAMES>
+// other. A block keeps its sums over frames until it has seen its last; the blocks' are added later. Of two buffers, one is
+// computed with while the next frames are on their way into the other; GPUs with less shared memory have one.
+template <int W, int IN, int OUT, int KIND, int FRAMES, int BUFFERS>
 __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer,
                                     const bf16* __restrict__ gradient,         // (N, W, W, OUT), or POOLED: (N, W/2, W/2, OUT)
                                     const unsigned char* __restrict__ argmax,  // POOLED: (N, W/2, W/2, OUT)
                                     const bf16* __restrict__ input,            // (N, W, W, IN)
-                                    const bf16* __restrict__ skipping,         // FIRST: (N, W, W, IN), the gradient of x + conv(h)
+                                    const bf16* __restrict__ skipping,         // FIRST: (N, W, W, IN), gradient of x + conv(h)
                                     const uint4* __restrict__ fragments,       // of all layers, from pack()
                                     bf16* __restrict__ grad_input,             // (N, W, W, IN)
                                     float* __restrict__ partial)               // (blocks, parameters of all layers)
@@ -594,10 +603,10 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
   constexpr bool POOL = KIND == POOLED;
   constexpr int THREADS = 64 * WARPS, POOLED_SIZE = FRAMES * W * W / 4 * OUT, INPUT_SIZE = FRAMES * W * W * IN;
   extern __shared__ __align__(16) bf16 shared[];
-  bf16* inputs = shared;                       // (2, Input)
-  bf16* gradients = inputs + 2 * Input::SIZE;  // (2, Output), or POOLED: (1, Output), what is unpooled
-  bf16* more = gradients + (POOL ? 1 : 2) * Output::SIZE;  // FIRST: (2, FRAMES, W, W, IN), `skipping`
-  unsigned char* more_argmax = reinterpret_cast<unsigned char*>(more + POOLED_SIZE);  // POOLED: `gradient`, `argmax` of the next
+  bf16* inputs = shared;                             // (BUFFERS, Input)
+  bf16* gradients = inputs + BUFFERS * Input::SIZE;  // (BUFFERS, Output), or POOLED: (1, Output), what is unpooled
+  bf16* more = gradients + (POOL ? 1 : BUFFERS) * Output::SIZE;  // FIRST: (BUFFERS, FRAMES, W, W, IN), `skipping`
+  unsigned char* more_argmax = reinterpret_cast<unsigned char*>(more + POOLED_SIZE);  // POOLED: `gradient` and this, to unpool
 
   auto copy = [&](void* to, const void* from, int bytes, int valid_bytes) {
     for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) {
@@ -623,29 +632,32 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
   // Calls use(buffer, gradients, first frame) for all of the block's frames; all threads must come along.
   auto for_all = [&](auto use) {
     int buffer = 0;
-    for (int first = blockIdx.x * FRAMES; first < N; first += gridDim.x * FRAMES, buffer ^= 1) {
+    for (int first = blockIdx.x * FRAMES; first < N; first += gridDim.x * FRAMES) {
+      const int next = first + gridDim.x * FRAMES;
       wait_for_copies<0>();
       __syncthreads();
       bf16* dy = gradients + (POOL ? 0 : buffer * Output::SIZE);
       if constexpr (POOL) {
         constexpr int HALF = W / 2, GROUPS = OUT / 8;
         for (int i = threadIdx.x; i < POOLED_SIZE / 8; i += THREADS) {
-          const int group = i % GROUPS * 8, x = i / GROUPS % HALF, y = i / GROUPS / HALF % HALF, frame = i / GROUPS / HALF / HALF;
-          const int from = frame * HALF * HALF * OUT;
+          const int group = i % GROUPS * 8, x = i / GROUPS % HALF, y = i / GROUPS / HALF % HALF;
+          const int frame = i / GROUPS / HALF / HALF, from = frame * HALF * HALF * OUT;
           unpool<HALF, OUT>(more + from, more_argmax + from, y, x, group, [&](int y, int x, uint4 v) {
             *reinterpret_cast<uint4*>(dy + Output::at(frame, y, x, group)) = v;
           });
         }
         __syncthreads();
       }
-      fetch(first + gridDim.x * FRAMES, buffer ^ 1);
+      if (BUFFERS == 2) fetch(next, buffer ^ 1);
       use(buffer, dy, first);
+      if (BUFFERS == 1) __syncthreads(), fetch(next, 0);
+      buffer = BUFFERS - 1 - buffer;
     }
     __syncthreads();
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  clear(shared, (2 * Input::SIZE + (POOL ? 1 : 2) * Output::SIZE) * sizeof(bf16));
+  clear(shared, (BUFFERS * Input::SIZE + (POOL ? 1 : BUFFERS) * Output::SIZE) * sizeof(bf16));
   __syncthreads();
   fetch(blockIdx.x * FRAMES, 0);
   float* parts = reinterpret_cast<float*>(shared);  // at the end: (WARPS, GRADIENT_SIZE)

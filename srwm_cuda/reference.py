@@ -43,7 +43,7 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
 
 
 def impala_cnn(frames, *parameters):
-    """The residual CNN of IMPALA (Espeholt et al. 2018, figure 3), in the dtype of its parameters; see `srwm_cuda.impala_cnn`."""
+    """The residual CNN of IMPALA (Espeholt et al. 2018, figure 3), in its parameters' dtype; see `srwm_cuda.impala_cnn`."""
     x = frames.permute(0, 3, 1, 2).to(parameters[0].dtype) / 255
     layers = zip(parameters[::2], parameters[1::2])
     for _ in range(3):

@@ -1,11 +1,12 @@
-"""Times of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the same functions in
-plain PyTorch, and the LSTM script's core as it is compiled there beside the same without torch.compile.
+"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the same
+functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without torch.compile.
 
     python tests/benchmark_kernels.py
 
 Milliseconds are medians over replays of a CUDA graph (kernels alone, without Python's overhead).
 """
 
+import math
 import pathlib
 import statistics
 import sys
@@ -16,6 +17,7 @@ from helpers import sr_delta
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import impala_procgen_lstm  # noqa: E402
 import srwm_cuda  # noqa: E402
+from srwm_cuda import cnn  # noqa: E402
 
 
 def milliseconds(function, repeats=20):
@@ -90,8 +92,9 @@ def measure_lstm(T, B):
     reward, done = torch.randn(T, B, device="cuda"), torch.rand(T, B, device="cuda") < 0.005
 
     def core(compiled):
-        agent = impala_procgen_lstm.Agent(impala_procgen_lstm.Args(cuda=True, compile=compiled, bf16=True)).cuda()
+        agent = impala_procgen_lstm.Agent(impala_procgen_lstm.Args(cuda=True, bf16=True)).cuda()
         agent.encoder = Features(T, B)
+        agent.cell = agent.cell if compiled else impala_procgen_lstm.lstm_cell
         state = agent.initial_state(B)
 
         def forward():
@@ -108,6 +111,35 @@ def measure_lstm(T, B):
     print_times("lstm", T, B, 256, "-", milliseconds(forward), milliseconds(both), milliseconds(plain, repeats=5))
 
 
+def measure_cnn(frames_at_once):
+    """Forward for acting, and forward and backward, beside PyTorch's bfloat16, as it is and compiled, and beside what as many
+    operations take in a large matrix product."""
+    parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda") / math.prod(shape[1:]) ** 0.5) for shape in cnn.SHAPES]
+    operations = 3 * sum(2 * 9 * i * o * w * w for (i, o), w in zip(cnn.LAYERS, [64, *[32] * 5, *[16] * 5, *[8] * 4]))
+    operations -= 2 * 9 * 3 * 16 * 64 * 64  # frames need no gradient
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a_second = 2 * 8192**3 / milliseconds(lambda: a @ b, repeats=5) * 1000
+
+    def both(function, frames):
+        features = function(frames, *parameters)
+        torch.autograd.grad(features, parameters, torch.ones_like(features))
+
+    @torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    def pytorch(frames, *parameters):
+        return srwm_cuda.reference.impala_cnn(frames, *(p.to(memory_format=torch.channels_last) if p.dim() == 4 else p
+                                                        for p in parameters))
+
+    print(f"CNN: frames  fwd (ms)  f+b (ms)  PyTorch f+b  compiled f+b  floor at {a_second / 1e12:.0f} TFLOP/s")
+    for N in frames_at_once:
+        frames = torch.randint(0, 256, (N, 64, 64, 3), dtype=torch.uint8, device="cuda")
+        with torch.no_grad():
+            forward = milliseconds(lambda: srwm_cuda.impala_cnn(frames, *parameters))  # noqa: B023
+        times = [milliseconds(lambda: both(function, frames)) for function in  # noqa: B023
+                 (srwm_cuda.impala_cnn, pytorch, torch.compile(pytorch, dynamic=False))]
+        print(f"{N:11} {forward:9.3f} {times[0]:9.3f} {times[1]:12.3f} {times[2]:13.3f} {operations * N / a_second * 1000:6.3f}",
+              flush=True)
+
+
 def print_times(name, T, B, D, columns, forward, both, plain):
     sizes, times = f"{name:10} {T:5} {B:5} {D:3} {columns:>4}", f"{forward:9.3f} {both:9.3f}"
     per_step = f"{1000 * forward / T:9.2f} {1000 * both / T:9.2f}"
@@ -116,6 +148,8 @@ def print_times(name, T, B, D, columns, forward, both, plain):
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    torch.backends.cudnn.benchmark = True
+    measure_cnn((96, 1632))
     print("function       T     B   D  Y/V  fwd (ms)  f+b (ms) fwd us/t  f+b us/t  plain (ms)   faster")
     sizes = [(51, 32, 16), (1, 192, 16), (51, 1, 16), (51, 128, 16), (51, 512, 16), (51, 32, 8), (51, 32, 32), (51, 32, 64),
              (200, 32, 16), (1000, 32, 16)]

@@ -1,0 +1,105 @@
+"""How the kernels of impala_cnn.cu are launched, for `srwm_cuda.impala_cnn`."""
+
+import functools
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import kernels, reference
+
+LAYERS = [(3, 16), *[(16, 16)] * 4, (16, 32), *[(32, 32)] * 9]  # channels of each convolution's input and output
+SHAPES = [shape for inputs, outputs in LAYERS for shape in ((outputs, inputs, 3, 3), (outputs,))]
+FRAGMENTS = 2 * sum(9 * 32 * inputs * outputs // 256 if inputs > 3 else 96 for inputs, outputs in LAYERS)  # as pack() writes
+SECTIONS = [(32, 16), (16, 32), (8, 32)]  # width and channels of each section's output
+MANY = 512  # frames from which on blocks take several at a time, where images are small
+
+
+def is_impala_cnn(module):
+    """Whether a module computes what `impala_cnn` does with the module's parameters, tried on two images."""
+    parameters = [parameter.detach() for parameter in module.parameters()]
+    if [tuple(parameter.shape) for parameter in parameters] != SHAPES:
+        return False
+    frames = (torch.arange(2 * 64 * 64 * 3) % 251).to(torch.uint8).view(2, 64, 64, 3)
+    expected = reference.impala_cnn(frames, *parameters)
+    with torch.no_grad():
+        features = module(frames.permute(0, 3, 1, 2) / 255).flatten(1)
+    return features.shape == expected.shape and torch.allclose(features, expected, rtol=1e-3, atol=1e-3)
+
+
+@functools.cache
+def kernels_run_on(device):
+    """Whether that GPU can run the kernels, and they compile."""
+    architecture, buffers = kernels.architecture_of(device), _buffers(device)
+    kernel = f"layer_backward<32, 16, 16, FIRST, 1, {buffers}>"
+    return architecture >= 80 and buffers > 0 and kernels.can_compile("impala_cnn.cu", kernel, architecture)
+
+
+def _buffers(device):
+    """How many images of a kind a block of the backward pass has room for: two, one, or none."""
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    return 2 if available >= 226 else 1 if available >= 136 else 0
+
+
+class ImpalaCNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, frames, grad_enabled, *parameters):
+        frames = frames.contiguous()
+        if frames.data_ptr() % 4:
+            frames = frames.clone()  # the kernels read four bytes at a time
+        N, x, flat = len(frames), frames, torch.cat([parameter.flatten() for parameter in parameters])
+        fragments = flat.new_empty(FRAGMENTS, 4)
+        _launch("pack", -(-FRAGMENTS // 256), 256, 0, flat, fragments)
+        saved = [fragments]
+        for section, (W, C) in enumerate(SECTIONS):
+            output, inner, argmax = frames.new_empty(N, W, W, C, dtype=torch.bfloat16), None, None
+            if grad_enabled and any(ctx.needs_input_grad):
+                inner, argmax = output.new_empty(4, N, W, W, C), frames.new_empty(N, W, W, C)
+            at_once = (1, 2, 4)[section] if N >= MANY else (1, 1, 2)[section]
+            images = at_once * (W + 2) ** 2 * C  # and then, in turn, the first convolution's input and band, images and weights
+            first = (66 * 68 * 4 + 18 * 64 * 16, 34 * 34 * 16 + 10 * 32 * 32, 2 * (18 * 18 * 32 + 18 * 16 * 32))[section]
+            shared_bytes = 2 * (images + max(first, images + 9 * C * C))
+            _launch(f"section_forward<{section}, {at_once}>", -(-N // at_once), 256, shared_bytes,
+                    N, x, flat, fragments, output, inner, argmax)
+            saved += [x, inner, argmax]
+            x = output
+        ctx.save_for_backward(*saved)
+        return x.permute(0, 3, 1, 2).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        fragments, *sections = ctx.saved_tensors
+        frames, device = sections[0], fragments.device
+        N, blocks, buffers = len(frames), torch.cuda.get_device_properties(device).multi_processor_count, _buffers(device)
+        numbers = [math.prod(shape) for shape in SHAPES]
+        partial = fragments.new_empty(blocks, sum(numbers))  # of each block: no atomics
+        gradient = gradient.unflatten(1, (32, 8, 8)).permute(0, 2, 3, 1).contiguous()
+
+        def layer_backward(kind, layer, at_once, gradient, argmax, input, skipping=None):
+            (inputs, outputs), W = LAYERS[layer], input.shape[1]
+            grad_input, pooled = torch.empty_like(input), kind == "POOLED"
+            values = at_once * (W + 2) ** 2 * ((1 if pooled else buffers) * outputs + buffers * inputs)
+            more = 3 * W * W // 4 * outputs if pooled else 2 * buffers * W * W * inputs if kind == "FIRST" else 0  # bytes
+            kernel = f"layer_backward<{W}, {inputs}, {outputs}, {kind}, {at_once}, {buffers}>"
+            _launch(kernel, blocks, 512, 2 * values + at_once * more,
+                    N, layer, gradient, argmax, input, skipping, fragments, grad_input, partial)
+            return grad_input
+
+        for section in (2, 1, 0):
+            x, inner, argmax = sections[3 * section : 3 * section + 3]
+            (x0, h1, x1, h2), layer, at_once = inner, 5 * section, (1, 2, 4)[section]
+            for first, input, hidden in ((layer + 3, x1, h2), (layer + 1, x0, h1)):
+                grad_hidden = layer_backward("SECOND", first + 1, at_once, gradient, None, hidden)
+                gradient = layer_backward("FIRST", first, at_once, grad_hidden, None, input, gradient)
+            if section > 0:
+                gradient = layer_backward("POOLED", layer, (None, 1, 2)[section], gradient, argmax, x)
+        of_frames = partial.new_empty(3 * blocks, sum(numbers[:2]))
+        _launch("frames_backward", len(of_frames), 256, 2 * (2 * 18 * 68 * 4 + 16 * 64 * 16),
+                N, frames, gradient, argmax, of_frames)
+        sums = torch.cat([of_frames.sum(0), partial[:, of_frames.shape[1] :].sum(0)]).split(numbers)
+        return None, None, *(part.view(shape) for part, shape in zip(sums, SHAPES))
+
+
+def _launch(kernel, blocks, threads, shared_bytes, *arguments):
+    kernels.launch("impala_cnn.cu", kernel, (blocks, 1, 1), (threads, 1, 1), shared_bytes, *arguments)

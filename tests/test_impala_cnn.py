@@ -1,0 +1,198 @@
+"""IMPALA's CNN: who takes the kernels, what they refuse, and what they compute, against float64 and PyTorch's bfloat16."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import fixed_weights, relative_error, through_a_cuda_graph
+from test_agent import make_agent
+from test_kernels import cache, nvrtc  # noqa: F401
+
+import impala_procgen_srwm as script
+import srwm_cuda
+from srwm_cuda import cnn, kernels, reference
+
+RNG = torch.Generator().manual_seed(0)
+
+
+def parameters(dtype=torch.float32, device="cpu"):
+    """PyTorch's initial weights, of a fixed seed."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(inputs, outputs, 3) for inputs, outputs in cnn.LAYERS]
+    return [parameter.detach().to(device, dtype) for layer in layers for parameter in layer.parameters()]
+
+
+def noise(N, device="cpu"):
+    return torch.randint(0, 256, (N, 64, 64, 3), dtype=torch.uint8, generator=RNG).to(device)
+
+
+def engine_frames(N):
+    """What six games show after some steps."""
+    args, games = script.complete(script.Args(cuda=False))
+    envs = script.make_envs(args, games, N, seed=0)
+    for step in range(20):
+        envs.observe()
+        envs.act(torch.randint(0, 15, (N,), dtype=torch.int32, generator=RNG).numpy())
+    return torch.from_numpy(envs.observe()[1]["rgb"].copy())
+
+
+def test_the_definition_in_the_scripts_is_the_function_s():
+    encoder, frames = make_agent().encoder, noise(3)
+    features = encoder.cnn(frames.permute(0, 3, 1, 2) / 255).flatten(1)
+    torch.testing.assert_close(srwm_cuda.impala_cnn(frames, *encoder.cnn.parameters()), features)
+    assert srwm_cuda.is_impala_cnn(encoder.cnn)
+
+
+def stride(layers):
+    layers[1].stride = 1
+
+
+def activation(layers):
+    layers[2].forward = lambda x: x + layers[2].conv1(F.gelu(layers[2].conv0(F.relu(x))))
+
+
+def width(layers):
+    layers[0] = torch.nn.Conv2d(3, 24, 3, padding=1)
+
+
+def without_pooling(layers):
+    layers[5].stride = 2
+    layers[6] = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("change", [stride, activation, width, without_pooling, lambda layers: layers.append(torch.nn.Tanh())],
+                         ids=["stride", "activation", "width", "no pooling", "another layer"])
+def test_a_cnn_that_was_changed_is_not_taken_for_the_function_s(change):
+    layers = make_agent().encoder.cnn
+    change(layers)
+    try:
+        assert not srwm_cuda.is_impala_cnn(layers)
+    except RuntimeError as error:  # it does not fit together at all
+        assert "channels" in str(error)
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda frames, ps: (frames.float(), *ps), r"frames must be a uint8 tensor of shape \(N, 64, 64, 3\)"),
+    (lambda frames, ps: (frames[:, :32], *ps), "frames must be .* got torch.uint8"),
+    (lambda frames, ps: (frames[:0], *ps), "frames must be .* N at least 1"),
+    (lambda frames, ps: (frames[0], *ps), "frames must be"),
+    (lambda frames, ps: (frames, *ps[:-1]), "parameters must be 30 tensors, .* got 29"),
+    (lambda frames, ps: (frames, ps[1], *ps[1:]), r"parameters\[0\] must have shape \(16, 3, 3, 3\), got torch.float32"),
+    (lambda frames, ps: (frames, *ps[:3], ps[3].double(), *ps[4:]), r"parameters\[3\] must be .* like the first"),
+    (lambda frames, ps: (frames, *(p.half() for p in ps)), r"parameters\[0\] must be float32 or float64"),
+    (lambda frames, ps: (frames, *ps[:2], ps[2].to("meta"), *ps[3:]), r"parameters\[2\] must be on cpu like frames, got meta"),
+])
+def test_wrong_arguments_are_refused_by_name(broken, message):
+    with pytest.raises(ValueError, match=message):
+        srwm_cuda.impala_cnn(*broken(noise(2), parameters()))
+
+
+def variants(buffers):
+    backward = [(32, 16, 16, "FIRST", 1), (32, 16, 16, "SECOND", 1), (32, 16, 32, "POOLED", 1), (16, 32, 32, "FIRST", 2),
+                (16, 32, 32, "SECOND", 2), (16, 32, 32, "POOLED", 2), (8, 32, 32, "FIRST", 4), (8, 32, 32, "SECOND", 4)]
+    return ["pack", "frames_backward", *(f"section_forward<{s}, {n}>" for s, n in ((0, 1), (1, 1), (1, 2), (2, 2), (2, 4))),
+            *(f"layer_backward<{', '.join(map(str, sizes))}, {buffers}>" for sizes in backward)]
+
+
+@pytest.mark.parametrize("architecture, buffers", [(80, 1), (90, 2)])
+def test_every_kernel_of_the_cnn_compiles(nvrtc, architecture, buffers):  # noqa: F811
+    for kernel in variants(buffers):
+        name, cubin = kernels.compiled("impala_cnn.cu", kernel, architecture)
+        assert kernel.split("<")[0].encode() in name and cubin.startswith(b"\x7fELF")
+
+
+# On a GPU.
+
+def gradients(function, frames, dtype=torch.float32, autocast=False):
+    """Features, and the gradients of a weighted sum of them with respect to all parameters."""
+    leaves = [parameter.requires_grad_() for parameter in parameters(dtype, "cuda")]
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        features = function(frames, *leaves)
+    loss = (features.to(dtype) * fixed_weights(features.detach().to(dtype))).sum()
+    return [features.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def decided_alike(frames, *leaves):
+    """The function in float64, with the values that the kernels computed and saved, and with their decisions: which of a window
+    is its maximum, and what ReLU lets pass. What is left to differ is the arithmetic of the backward pass."""
+    features = srwm_cuda.impala_cnn(frames, *(leaf.detach().float().requires_grad_() for leaf in leaves))
+    node = features.grad_fn
+    _, *sections = node.saved_tensors
+    x, layers = frames.permute(0, 3, 1, 2).double() / 255, iter(zip(leaves[::2], leaves[1::2]))
+
+    def conv(x):
+        return F.conv2d(x, *next(layers), padding=1)
+
+    def with_value(x, value):
+        return x + (value.permute(0, 3, 1, 2).double() - x).detach()
+
+    for section in range(3):
+        _, inner, argmax = sections[3 * section : 3 * section + 3]
+        before, W, places = conv(x), inner.shape[2], argmax.permute(0, 3, 1, 2).long()
+        row, column = torch.arange(W, device="cuda").view(-1, 1), torch.arange(W, device="cuda")
+        chosen = (2 * row - 1 + places // 3) * 2 * W + 2 * column - 1 + places % 3
+        x = with_value(before.flatten(2).gather(2, chosen.flatten(2)).view(chosen.shape), inner[0])
+        for block in range(2):
+            hidden = inner[1 + 2 * block]
+            h = with_value(conv(x * (x > 0)), hidden) * (hidden > 0).permute(0, 3, 1, 2)
+            x = x + conv(h)
+            if block == 0:
+                x = with_value(x, inner[2])
+        if section < 2:
+            x = with_value(x, sections[3 * section + 3])
+    return x.flatten(1) + (features.double() - x.flatten(1)).detach()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buffers", [1, 2])
+@pytest.mark.parametrize("make_frames, N", [(noise, 1), (noise, 7), (engine_frames, 30), (noise, 517)])
+def test_features_and_gradients_are_those_of_float64(make_frames, N, buffers, monkeypatch):
+    monkeypatch.setattr(cnn, "_buffers", lambda device: buffers)
+    frames = make_frames(N).cuda()
+    ours = gradients(srwm_cuda.impala_cnn, frames)
+    features, *_ = exact = gradients(reference.impala_cnn, frames, torch.float64)
+    autocast = gradients(reference.impala_cnn, frames, autocast=True)
+    assert ours[0].dtype == torch.bfloat16
+    assert relative_error(ours[0], features) <= min(1e-2, 1.2 * relative_error(autocast[0], features))
+    for a, b in zip(ours[1:], gradients(decided_alike, frames, torch.float64)[1:]):
+        assert relative_error(a, b) <= 1e-2
+    errors, theirs = (sum(relative_error(a, b) for a, b in zip(those[1:], exact[1:])) for those in (ours, autocast))
+    assert errors <= 1.2 * theirs  # decisions differ by chance, and with them single gradients
+
+
+@pytest.mark.gpu
+def test_a_frame_s_features_are_the_same_bits_in_whatever_batch_and_place():
+    frames, ps = noise(1037, "cuda"), parameters(device="cuda")
+    together = srwm_cuda.impala_cnn(frames, *ps)
+    for n in (0, 1, 511, 1036):
+        assert torch.equal(srwm_cuda.impala_cnn(frames[n : n + 1], *ps)[0], together[n])
+    assert torch.equal(srwm_cuda.impala_cnn(frames[3:102], *ps), together[3:102])
+    assert torch.equal(srwm_cuda.impala_cnn(frames.flip(0), *ps).flip(0), together)
+
+
+@pytest.mark.gpu
+def test_two_runs_give_the_same_bits_and_a_graph_the_same_again():
+    frames = noise(130, "cuda")
+    first = gradients(srwm_cuda.impala_cnn, frames)
+    second = gradients(srwm_cuda.impala_cnn, frames)
+    captured = through_a_cuda_graph(lambda: gradients(srwm_cuda.impala_cnn, frames))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, captured))
+
+
+@pytest.mark.gpu
+def test_an_agent_in_bf16_takes_the_kernels_and_one_whose_cnn_was_changed_pytorch():
+    agent = script.Agent(script.complete(script.Args(cuda=True, bf16=True))[0]).cuda()
+    frames = noise(2, "cuda")
+    assert "ImpalaCNN" in names_of_graph(agent.encoder(frames)) and agent.encoder.fused
+    agent.encoder.fused = False
+    assert "ImpalaCNN" not in names_of_graph(agent.encoder(frames))
+
+
+def names_of_graph(tensor):
+    names, nodes = set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(re.sub("Backward.*", "", type(node).__name__))
+        nodes += [other for other, _ in node.next_functions if other is not None]
+    return names
