@@ -1,5 +1,5 @@
-"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the same
-functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without torch.compile.
+"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the
+same functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without torch.compile.
 
     python tests/benchmark_kernels.py
 
@@ -136,8 +136,8 @@ def measure_cnn(frames_at_once):
             forward = milliseconds(lambda: srwm_cuda.impala_cnn(frames, *parameters))  # noqa: B023
         times = [milliseconds(lambda: both(function, frames)) for function in  # noqa: B023
                  (srwm_cuda.impala_cnn, pytorch, torch.compile(pytorch, dynamic=False))]
-        print(f"{N:11} {forward:9.3f} {times[0]:9.3f} {times[1]:12.3f} {times[2]:13.3f} {operations * N / a_second * 1000:6.3f}",
-              flush=True)
+        floor = operations * N / a_second * 1000
+        print(f"{N:11} {forward:9.3f} {times[0]:9.3f} {times[1]:12.3f} {times[2]:13.3f} {floor:6.3f}", flush=True)
 
 
 def print_times(name, T, B, D, columns, forward, both, plain):

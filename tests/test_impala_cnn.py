@@ -31,7 +31,7 @@ def engine_frames(N):
     """What six games show after some steps."""
     args, games = script.complete(script.Args(cuda=False))
     envs = script.make_envs(args, games, N, seed=0)
-    for step in range(20):
+    for _ in range(20):
         envs.observe()
         envs.act(torch.randint(0, 15, (N,), dtype=torch.int32, generator=RNG).numpy())
     return torch.from_numpy(envs.observe()[1]["rgb"].copy())
