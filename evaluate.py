@@ -149,7 +149,7 @@ def load_run(path, args):
     known = {field.name for field in fields(script.Args)}
     saved = {name: value for name, value in checkpoint["args"].items() if name in known}
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
-    here = dict(cuda=args.cuda, bf16=bf16, compile=False, resume=None, num_actors=None, num_envs=None)  # for this machine
+    here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)  # for this machine
     trained, trained_games = script.complete(script.Args(**saved | here))
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
     if len(set(games)) < len(games):

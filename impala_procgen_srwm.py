@@ -78,6 +78,8 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
             state = ctypes.create_string_buffer(2**20)
             return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
 
+import srwm_cuda
+
 # The games in the order in which --multi-env takes them, and the range of their returns, by which they are normalised
 # (Cobbe et al. 2020, appendix C).
 RETURN_RANGE = {
@@ -117,8 +119,6 @@ class TrainingArgs:
     """train on the GPU"""
     bf16: bool | None = None
     """run the CNN in bfloat16 (None: where the hardware computes in it)"""
-    compile: bool = True
-    """compile the CNN with torch.compile (on the GPU only)"""
     resume: Path | None = None
     """go on with the run in this folder, or from this checkpoint file of it; its own arguments are the defaults then. auto: go
     on with the newest unfinished run of the same arguments, or begin a new one"""
@@ -209,23 +209,22 @@ class Encoder(nn.Module):
             channels = width
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(2048, 256)
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.to(memory_format=torch.channels_last)
-        if args.cuda and args.compile:
-            self.compile(dynamic=False)
+        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # not so in a copy that changes it
+        if not self.fused:
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            first, more = self.cnn[0], 5 * frames.is_cuda  # channels: tensor cores need eight
-            x = F.pad(frames, (0, more)).permute(0, 3, 1, 2).to(self.dtype) / 255.0
-            x = F.conv2d(x, F.pad(first.weight, (0, 0, 0, 0, 0, more)), first.bias, padding=1)
-            return F.relu(self.fc(F.relu(self.cnn[1:](x)).flatten(1))).float()
+            if self.fused:
+                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
+            else:
+                x = self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)
+            return F.relu(self.fc(F.relu(x))).float()
 
 
 # ======================================== model: what the scripts differ in ========================================
-
-import srwm_cuda
 
 
 @dataclass
@@ -306,11 +305,12 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     rhos = log_rhos.exp().clamp(max=1.0)
     next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
     deltas = rhos * (rewards + discounts * next_values - values)
-    correction, corrections = torch.zeros_like(bootstrap_value), []
-    for t in reversed(range(len(values))):
-        correction = deltas[t] + discounts[t] * rhos[t] * correction  # vs - V
-        corrections.append(correction)
-    vs = values + torch.stack(corrections[::-1])
+    # vs - V at step s is the sum over t >= s of deltas[t], times the product of discounts * rhos from s to t - 1.
+    steps = torch.arange(len(values), device=values.device)
+    s, t = steps.view(-1, 1, 1), steps.view(1, -1, 1)
+    factors = torch.cat([torch.ones_like(values[:1]), (discounts * rhos)[:-1]])  # of step t - 1
+    products = torch.where(t > s, factors, 1.0).cumprod(dim=1)  # (T, T, B), by s and t
+    vs = values + torch.where(t >= s, products * deltas, 0.0).sum(dim=1)
     next_vs = torch.cat([vs[1:], bootstrap_value.unsqueeze(0)])
     return vs, rhos * (rewards + discounts * next_vs - values)
 
@@ -1160,15 +1160,13 @@ def train(given, args, games, agent, checkpoint, run, launch):
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.cuda:  # on a CPU these are slow, and the usual ones just as deterministic
-        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # also of what is compiled, such as max-pooling
+        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS needs for that
     if RANK == 0:
         parameters = sum(parameter.numel() for parameter in agent.parameters())
         device = torch.cuda.get_device_name() if args.cuda else "the CPU"
         say(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
             f"{parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
-        if args.cuda and args.compile:
-            say("compiling the CNN and capturing CUDA graphs, about a minute")
     learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
     episodes = Episodes(games, checkpoint and checkpoint["episodes"])
     seed = (args.seed + step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; processes have ranges of their own

@@ -154,7 +154,7 @@ def test_the_engine_s_threads_change_nothing(few_slots, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("greedy", [True, False])
 def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greedy):
-    args = script.Args(cuda=True, bf16=False, compile=False)
+    args = script.Args(cuda=True, bf16=False)
     agent = script.Agent(args).cuda()
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1060)]
     together = dict(zip(levels, evaluate.play(agent, args, levels, greedy)))

@@ -265,7 +265,7 @@ def test_a_gpu_that_is_too_small_is_explained(command):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 200e6) / total)
     try:
         with pytest.raises(SystemExit, match="lower --num-envs or --num-actors .* or --batch-size"):
-            command(script, *"--cuda --no-compile --num-actors 1 --num-envs 96 --batch-size 96".split())
+            command(script, *"--cuda --num-actors 1 --num-envs 96 --batch-size 96".split())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

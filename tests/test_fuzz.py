@@ -46,7 +46,7 @@ WORDS = {
     "resume": ["runs/none", "."],
     "surprise": ["1"],
 }
-SWITCHES = "--no-carry-state --carry-state --deterministic --no-compile --cuda --profile --nonsense".split()
+SWITCHES = "--no-carry-state --carry-state --deterministic --cuda --profile --nonsense".split()
 
 
 def draw(rng):

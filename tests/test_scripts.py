@@ -79,7 +79,7 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("stem", SCRIPTS)
 def test_each_script_trains_on_the_gpu(stem, command, tmp_path):
-    words = "--cuda --no-compile --multi-env 2 --num-actors 2 --num-envs 8 --batch-size 8 --total-steps 4000".split()
+    words = "--cuda --multi-env 2 --num-actors 2 --num-envs 8 --batch-size 8 --total-steps 4000".split()
     script = importlib.import_module(stem)
     command(script, *words)
     (run,) = (tmp_path / "runs").iterdir()

@@ -158,7 +158,7 @@ def test_states_that_are_not_finite_or_beyond_the_bound_begin_anew_and_no_others
 def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
     """The next one does what it would have done without it, bit for bit."""
     with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
-        actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda, compile=False)))
+        actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda)))
         play(actor, unroll, unrolls=2)
         for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
             mine.copy_(theirs)
@@ -423,7 +423,7 @@ def test_modes_and_options_train(words, train):
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
     with torch.cuda.stream(torch.cuda.Stream()):
-        actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True, compile=False)))
+        actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True)))
         play(actor, unroll, unrolls=3)
         for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
             mine.copy_(theirs)
@@ -444,9 +444,9 @@ def test_an_actor_waits_for_the_first_values_of_its_tensors(monkeypatch):
             torch.cuda._sleep(10**9)  # clock ticks
 
     with torch.cuda.stream(torch.cuda.Stream()):
-        parts(script.Args(**ARGS | dict(cuda=True, compile=False)))  # what it allocates is there for the next
+        parts(script.Args(**ARGS | dict(cuda=True)))  # what it allocates is there for the next
         monkeypatch.setattr(script, "Unroll", Slow)
-        actor, *_ = parts(script.Args(**ARGS | dict(cuda=True, compile=False)))
+        actor, *_ = parts(script.Args(**ARGS | dict(cuda=True)))
     torch.cuda.synchronize()
     assert actor.t.item() == 1
 
@@ -456,7 +456,7 @@ def test_a_run_on_the_gpu_can_be_resumed_there_and_on_the_cpu(command, tmp_path)
     command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 4000".split())
     (run,) = (tmp_path / "runs").iterdir()
     assert read(run)["step"] == 4000
-    command(script, "--resume", run, "--total-steps", 8000, "--no-compile")
+    command(script, "--resume", run, "--total-steps", 8000)
     assert read(run)["step"] == 8000
     command(script, "--resume", run, "--total-steps", 8400, "--no-cuda")
     assert read(run)["step"] == 8400
