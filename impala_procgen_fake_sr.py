@@ -17,6 +17,7 @@ import contextlib
 import copy
 import ctypes
 import io
+import itertools
 import math
 import os
 import queue
@@ -26,6 +27,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 import zipfile
 from collections import deque
 from dataclasses import dataclass, replace
@@ -343,6 +345,12 @@ def make_envs(args, games, num, seed, num_threads=0):
     return envs
 
 
+def engine_threads(args):
+    """Threads in which the engine steps an actor's environments; 0: the actor's own. Together they are more than the cores,
+    since while some actors infer, others step."""
+    return max(1, math.ceil(1.5 * num_cores() / args.num_actors)) if args.cuda else 0
+
+
 class Episodes:
     """The last 100 returns and lengths of each game."""
 
@@ -396,6 +404,7 @@ class Unroll:
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
         self.version = 0  # of the weights that acted
+        self.used = None  # CUDA's event after which it is free to be read, or to be written again
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
@@ -406,27 +415,29 @@ class Unroll:
 @torch.no_grad()
 def begin_diverged_anew(agent, state):
     """Sets the state, whose parts are (B, ...), of environments to zero in which it is not finite or reaches the agent's bound,
-    if that has one. Returns their number."""
+    if that has one. Returns their number, a tensor, for which nobody has to wait."""
     bound = getattr(agent, "state_bound", math.inf)
     diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
     diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
     for part in state:
         part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
-    return int(diverged.sum())
+    return diverged.sum()
 
 
 class Weights:
-    """The newest weights on their way from the learner to the actors: whole, never half an update."""
+    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU each copy waits there
+    for the one before, whichever thread began it; nobody waits for a copy on the host."""
 
     def __init__(self, agent):
         self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
-        self.version, self.lock = 0, threading.Lock()
+        self.version, self.lock, self.copied = 0, threading.Lock(), record_event()
 
     @torch.no_grad()
     def copy(self, sources, targets, updates):
         with self.lock:
+            wait_on_device(self.copied)
             torch._foreach_copy_(list(targets), list(sources))
-            synchronize()
+            self.copied = record_event()
             self.version += updates
             return self.version
 
@@ -437,12 +448,36 @@ class Weights:
         return self.copy(self.newest, agent.parameters(), updates=0)
 
 
-def synchronize():
-    """Waits for the calling thread's CUDA stream, if there is one; a blocking event leaves the core to the environments."""
+def record_event():
+    """An event on the calling thread's CUDA stream; None if there is no GPU in use."""
     if torch.cuda.is_initialized():
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to the environments
         event.record()
+        return event
+    return None
+
+
+def wait_for(event):
+    if event is not None:
         event.synchronize()
+
+
+def wait_on_device(event):
+    """Lets what the calling thread's stream does next wait for an event, but not the thread."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+def synchronize():
+    """Waits for the calling thread's CUDA stream, if there is one."""
+    wait_for(record_event())
+
+
+def lock_pages(owner, tensor):
+    """Page-locks a tensor's memory as long as its owner lives, so that the GPU copies from there by itself."""
+    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    torch.cuda.check_error(int(error))
+    weakref.finalize(owner, lambda: torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())).atexit = False
 
 
 def capture(function, stream, generator=None):
@@ -461,35 +496,37 @@ def capture(function, stream, generator=None):
     return replay
 
 
-class Actor(threading.Thread):
-    """Plays unrolls: takes an empty one and the newest weights, fills it with T steps of its environments, passes it on.
+class Actor:
+    """A vector of environments and what plays it: fills an unroll with T of its steps, with the newest weights.
 
-    What a step does on the device is one function, `act`, and on CUDA one graph: threads share Python's lock, and every call
-    that each makes in a step is one that the others wait for.
+    What a step does on the device is one function, `act`, and on CUDA one graph, from the frames in the engine's memory to the
+    action's way back.
     """
 
-    def __init__(self, index, args, games, seed, weights, episodes, free, full, stop):
-        super().__init__(name=f"actor {index}", daemon=True)
-        self.args, self.games, self.weights, self.episodes = args, games, weights, episodes
-        self.free, self.full, self.stop = free, full, stop
-        self.error, self.waiting_since, self.begun_anew = None, None, 0
-        self.envs = make_envs(args, games, args.num_envs, seed, max(1, min(4, num_cores() // args.num_actors)) * args.cuda)
+    def __init__(self, index, args, games, seed, weights, episodes):
+        self.name, self.args, self.games, self.weights, self.episodes = f"actor {index}", args, games, weights, episodes
+        self.waiting_since = None
+        self.envs = make_envs(args, games, args.num_envs, seed, engine_threads(args))
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, args.num_envs), self.agent.initial_state(args.num_envs)
         self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
-        self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown]  # on the host
+        self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown[1:]]  # on the host
         self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # this too
+        self.begun_anew = torch.zeros((), device=device)  # states that diverged
+        frames = torch.from_numpy(self.envs.observe()[1]["rgb"])  # the engine's own buffer
+        self.shown.insert(0, frames.unsqueeze(0))
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stream = None
+        self.observe()
         if args.cuda:
+            lock_pages(self, frames)
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
             self.stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above get their first values
             with torch.cuda.stream(self.stream):
                 self.act()
             self.act = capture(self.act, self.stream, self.generator)
-        self.observe()
 
     def store(self):
         """Uploads what the environments show, and writes it to the unroll. Returns it: obs, reward and done, (1, B, ...)."""
@@ -505,7 +542,7 @@ class Actor(threading.Thread):
         for old, new in zip(self.state, state):
             old.copy_(new)
         clocks = torch.empty_like(logits).exponential_(generator=self.generator)
-        action = (logits.softmax(-1) / clocks).argmax(-1)  # the first clock to ring is a sample of the softmax
+        action = (logits.softmax(-1) / clocks).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
         self.unroll.logits.index_copy_(0, self.t, logits)
         self.unroll.action.index_copy_(0, self.t, action)
         self.action.copy_(action[0].int(), non_blocking=True)
@@ -514,14 +551,15 @@ class Actor(threading.Thread):
     def observe(self):
         """Waits for the environments. Returns reward and done as NumPy arrays (B,)."""
         self.waiting_since = time.monotonic()
-        reward, obs, done = self.envs.observe()
+        reward, _, done = self.envs.observe()
         self.waiting_since = None
-        for mine, theirs in zip(self.shown, (obs["rgb"], reward, done)):
+        for mine, theirs in zip(self.shown[1:], (reward, done)):
             mine.numpy()[0] = theirs
         return reward, done
 
     def play(self, unroll):
-        """Fills the unroll with the next T steps. Returns it, or None if told to stop."""
+        """Fills the unroll with the next T steps. A generator: it yields where it would wait, for the device and then for the
+        environments, so that the thread can turn to other actors."""
         unroll.version = self.weights.fetch(self.agent)
         self.begun_anew += begin_diverged_anew(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
@@ -531,11 +569,12 @@ class Actor(threading.Thread):
             self.unroll.reward_scale.copy_(torch.tensor([scales]))
         self.t.zero_()
         for _ in range(self.args.unroll_length):
-            if self.stop.is_set():
-                return None
             self.act()
-            synchronize()
+            acted = record_event()
+            yield
+            wait_for(acted)
             self.envs.act(self.action.numpy())
+            yield
             reward, done = self.observe()
             self.returns += reward
             self.lengths += 1
@@ -543,48 +582,72 @@ class Actor(threading.Thread):
                 self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
         self.store()
-        for theirs, mine in zip(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs)):
-            theirs.copy_(mine)
-        synchronize()
-        return unroll
+        wait_on_device(unroll.used)
+        torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
+        unroll.used = record_event()
 
-    def run(self):
+
+class Actors:
+    """Actors, the threads in which they play, and the fixed pool of unrolls that passes between them and the learner: it bounds
+    memory and policy lag.
+
+    On a GPU there is one thread, which turns from actor to actor: threads share Python's lock, and waiting for it would cost
+    more than all that an actor does with it. On a CPU, where a thread computes what it asks for, each actor has its own.
+    With --deterministic there are no threads: whoever asks for an unroll lets the next actor play it.
+    """
+
+    def __init__(self, agent, args, games, seed, weights, episodes, spare=1):
+        self.args, self.episodes, self.turn, self.error = args, episodes, 0, None
+        self.free, self.full, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self.actors = [Actor(i, args, games, seed + i, weights, episodes) for i in range(args.num_actors)]
+        for _ in range(args.num_actors + spare):
+            self.free.put(Unroll(agent, args.unroll_length, args.num_envs))
+        groups = [] if args.deterministic else [self.actors] if args.cuda else [[actor] for actor in self.actors]
+        self.threads = [threading.Thread(target=self.run, args=(group,), daemon=True) for group in groups]
+
+    def start(self):
+        synchronize()
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, actors):
+        """Lets actors play by turns until told to stop."""
+        def unrolls(actor):
+            while (unroll := self.free.get()) is not None:
+                yield from actor.play(unroll)
+                self.full.put(unroll)
+
+        def go_on(i):
+            if actors[i].stream is not None:
+                torch.cuda.set_stream(actors[i].stream)
+            next(games[i], None)
+
         try:
-            with torch.cuda.stream(self.stream):
-                while (empty := self.free.get()) is not None and (unroll := self.play(empty)) is not None:
-                    self.full.put(unroll)
+            games, number = [unrolls(actor) for actor in actors], len(actors)
+            for i in range(number):  # if all unrolls ended at once, the learner could not take them, and nobody would play
+                for _ in range(2 * (i * self.args.unroll_length // number)):
+                    go_on(i)
+            while True:
+                for i in range(number):
+                    if self.stop.is_set():
+                        return
+                    go_on(i)  # its environments have moved, and it infers
+                    go_on(i - number // 3)  # it has inferred, and its environments move
         except BaseException as error:
             self.error = error
         finally:
             self.full.put(None)  # wakes whoever waits: no more will come
 
-
-class Actors:
-    """Actor threads, and the fixed pool of unrolls that passes between them and the learner: it bounds memory and policy lag.
-
-    With --deterministic there are no threads: whoever asks for an unroll lets the next actor play it.
-    """
-
-    def __init__(self, agent, args, games, seed, weights, episodes, spare=1):
-        self.args, self.episodes, self.turn = args, episodes, 0
-        self.free, self.full, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        self.actors = [Actor(i, args, games, seed + i, weights, episodes, self.free, self.full, self.stop)
-                       for i in range(args.num_actors)]
-        for _ in range(args.num_actors + spare):
-            self.free.put(Unroll(agent, args.unroll_length, args.num_envs))
-
-    def start(self):
-        synchronize()
-        for actor in self.actors:
-            if not self.args.deterministic:
-                actor.start()
-
     def get(self):
-        """The next full unroll, or None if the actors were told to stop. Raises what an actor died of."""
+        """The next full unroll, or None if the actors were told to stop. Raises what one of them died of."""
         if self.args.deterministic:
             actor, self.turn = self.actors[self.turn], (self.turn + 1) % len(self.actors)
+            unroll = self.free.get()
             with torch.cuda.stream(actor.stream):
-                return actor.play(self.free.get())
+                for _ in actor.play(unroll):
+                    if self.stop.is_set():
+                        return None
+            return unroll
         while True:
             with contextlib.suppress(queue.Empty):
                 unroll = self.full.get(timeout=1)
@@ -594,9 +657,9 @@ class Actors:
 
     def check(self):
         """Raises the exception that an actor died of, and TimeoutError if its environments do not answer."""
+        if self.error is not None:
+            raise self.error
         for actor in self.actors:
-            if actor.error is not None:
-                raise actor.error
             since = actor.waiting_since
             if since is not None and time.monotonic() - since > STUCK_AFTER:
                 time.sleep(1)  # if it was this whole process that stood still, they answer now
@@ -605,11 +668,11 @@ class Actors:
 
     def close(self):
         self.stop.set()
-        for _ in self.actors:
+        for _ in self.threads:
             self.free.put(None)
-        for actor in self.actors:
-            if actor.is_alive():
-                actor.join(timeout=2)  # a stuck one never ends
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(timeout=2)  # a stuck one never ends
 
 
 class Learner:
@@ -650,13 +713,13 @@ class Learner:
                 self.unroll, self.column = actors.get(), 0
                 if self.unroll is None:
                     return None
+                wait_on_device(self.unroll.used)
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
-            for mine, theirs in zip(self.batch.columns(filled, count), self.unroll.columns(self.column, count)):
-                mine.copy_(theirs)
+            torch._foreach_copy_(self.batch.columns(filled, count), self.unroll.columns(self.column, count))
             lag += (version - self.unroll.version) * count / self.args.batch_size
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
-                synchronize()
+                self.unroll.used = record_event()
                 actors.free.put(self.unroll)
                 self.unroll = None
         return lag
@@ -1179,7 +1242,7 @@ def train(given, args, games, agent, checkpoint, run, launch):
 
     def log():
         nonlocal best, lost_best
-        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(actor.begun_anew for actor in actors.actors))
+        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(int(actor.begun_anew) for actor in actors.actors))
         valid_return = logger.write(step, learning_rate, episodes, validators, diverged)
         if valid_return is not None and (best is None or valid_return > best):
             if not (lost_best := not save("best.pt", valid_return)):
@@ -1194,7 +1257,7 @@ def train(given, args, games, agent, checkpoint, run, launch):
             learning_rate = args.learning_rate * (1 - step / args.total_steps)
             learner.learning_rate.fill_(learning_rate)
             result = learner.update(stop.is_set())
-            synchronize()  # here, and not when `publish` holds the lock that actors wait for
+            synchronize()  # and leaves the core to others, which `tolist` would not
             *statistics, stopping = result.tolist()
             stopping = stopping or NUM_PROCESSES == 1 and stop.is_set()  # it may have come after the update began
             finite = all(map(math.isfinite, statistics))
