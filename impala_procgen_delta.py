@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 import weakref
 import zipfile
 from collections import deque
@@ -100,9 +101,9 @@ GAMES = {  # by distribution mode
     "exploration": [game for game in RETURN_RANGE if game in EXPLORATION_LEVEL_SEEDS],
 }
 NUM_ACTIONS = 15
-RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE, NUM_RESTARTS = (  # torchrun sets them
+RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
     int(os.environ.get(name, default)) for name, default in
-    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items())
+    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
 STUCK_AFTER = 60  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
@@ -966,8 +967,7 @@ def unfinished_run(given):
             with contextlib.suppress(ValueError):
                 checkpoint = load_checkpoint(path, Path(__file__).name)
                 if saved_args(checkpoint) == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
-                    if RANK == 0:
-                        lock(path.parent)
+                    lock(path.parent)
                     return path.parent
     return None
 
@@ -983,7 +983,57 @@ def find_checkpoint(path):
     return path if path.is_file() else path / "checkpoint.pt"
 
 
-def parse_args():
+class Launch:
+    """What processes have in common that torchrun started together, and with those that it starts in their place after one has
+    died: a store. A process alone has none."""
+
+    def __init__(self):
+        self.store, of_torchrun = None, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if NUM_PROCESSES > 1 or of_torchrun:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)
+
+    def agree(self, find):
+        """What the first process finds, a path or None. The machines count restarts each for itself, so that it also names the
+        attempt, and tells those that ask now, and no others."""
+        if self.store is None:
+            return find()
+        me = uuid.uuid4().hex
+        if RANK == 0:
+            saved = self.store.get("run").decode() if self.store.check(["run"]) else ""  # by an attempt before
+            answer = f"{me} {saved or find() or ''}"
+            while not all(self.store.check([f"{answer} heard by {rank}"]) for rank in range(1, NUM_PROCESSES)):
+                for rank in range(1, NUM_PROCESSES):
+                    if self.store.check([f"{rank} asks"]):  # maybe one that died
+                        self.store.set(f"to {self.store.get(f'{rank} asks').decode()}", answer)
+                time.sleep(0.05)
+        else:
+            self.store.set(f"{RANK} asks", me)
+            while not self.store.check([f"to {me}"]):  # unlike a wait for it, open to signals
+                time.sleep(0.05)
+            answer = self.store.get(f"to {me}").decode()
+            self.store.set(f"{answer} heard by {RANK}", "")
+        self.attempt, _, path = answer.partition(" ")
+        return Path(path) if path else None
+
+    def saved(self, run):
+        """A restart goes on from there."""
+        if self.store is not None:
+            self.store.set("run", str(run))
+
+    def join(self, args, step):
+        """Connects the processes, whose gradients are averaged."""
+        store = dist.PrefixStore(self.attempt, self.store)
+        dist.init_process_group("nccl" if args.cuda else "gloo", store=store, rank=RANK, world_size=NUM_PROCESSES,
+                                timeout=timedelta(minutes=2))
+        steps = [None] * NUM_PROCESSES
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            dist.destroy_process_group()
+            raise RuntimeError(f"the processes do not go on from the same checkpoint, but from steps {steps}")
+
+
+def parse_args(launch):
     """The arguments as given, and what to begin with, or None: the checkpoint of a run that goes on, or weights."""
     given, checkpoint = command_line(Args(), __doc__), None
     auto = given.resume == Path("auto")
@@ -994,8 +1044,7 @@ def parse_args():
         model = {name: value for name, value in vars(saved_args(checkpoint)).items() if name not in vars(TrainingArgs())}
         given = command_line(Args(**model), __doc__)
         checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None)
-    if auto or NUM_RESTARTS > 0 and given.resume is None:
-        given.resume = unfinished_run(given)
+    given.resume = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
     if given.resume is not None:
         path = find_checkpoint(given.resume)
         checkpoint = load_checkpoint(path, Path(__file__).name)
@@ -1116,18 +1165,6 @@ def make_agent(args, checkpoint):
     return agent
 
 
-def join_processes(args, step):
-    """Connects the processes that torchrun started, whose gradients are averaged."""
-    store, rank, size = next(dist.rendezvous("env://"))  # one store for all restarts: each needs keys of its own
-    dist.init_process_group("nccl" if args.cuda else "gloo", store=dist.PrefixStore(str(NUM_RESTARTS), store), rank=rank,
-                            world_size=size, timeout=timedelta(minutes=2))
-    steps = [None] * size
-    dist.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        dist.destroy_process_group()
-        raise RuntimeError(f"the processes do not go on from the same checkpoint, but from steps {steps}")
-
-
 def make_profiler(run):
     return torch.profiler.profile(schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
                                   on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run), use_gzip=True))
@@ -1180,7 +1217,7 @@ def extra_step(args, run, step):
     return math.inf if wanted <= min(step, max(written, default=0)) else wanted
 
 
-def train(given, args, games, agent, checkpoint, run):
+def train(given, args, games, agent, checkpoint, run, launch):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
     step = checkpoint["step"] if checkpoint else 0
     torch.set_float32_matmul_precision("high")
@@ -1206,7 +1243,7 @@ def train(given, args, games, agent, checkpoint, run):
         logger, best, extra = Logger(args, run, step), best_return(run), extra_step(args, run, step)
     profiler = make_profiler(run) if args.profile and RANK == 0 else None
     if NUM_PROCESSES > 1:
-        join_processes(args, step)
+        launch.join(args, step)
         for tensor in agent.state_dict().values():  # other processors round the initial weights otherwise
             dist.broadcast(tensor, src=0)
         weights.copy(agent.parameters(), weights.newest, updates=0)
@@ -1261,7 +1298,8 @@ def train(given, args, games, agent, checkpoint, run):
             if step >= extra and (before < extra or due) and save(f"checkpoint_{step}.pt"):
                 extra = math.inf
             if due:
-                save("checkpoint.pt")
+                if save("checkpoint.pt"):
+                    launch.saved(run)
                 saved = time.monotonic()
         if RANK == 0 and logger.updates:
             log()
@@ -1290,7 +1328,8 @@ def main():
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
         try:
-            given, checkpoint = parse_args()
+            launch = Launch()
+            given, checkpoint = parse_args(launch)
             if given.resume is not None and checkpoint["step"] >= given.total_steps:
                 say(f"{given.resume} is finished, at step {checkpoint['step']:,} of {given.total_steps:,}: nothing to do")
                 return
@@ -1300,7 +1339,7 @@ def main():
         except (ValueError, OSError) as error:  # only from here: in training it would be a mistake in the program
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        train(given, args, games, agent, checkpoint, run)
+        train(given, args, games, agent, checkpoint, run, launch)
     except (FloatingPointError, TimeoutError) as error:
         sys.exit(f"{Path(__file__).name}: stopped, the last checkpoint is kept: {error}")
     except RuntimeError as error:

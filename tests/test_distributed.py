@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
 
 import impala_procgen_srwm as script
 
@@ -19,8 +18,8 @@ WORDS = "--no-cuda --multi-env 2 --num-actors 1 --num-envs 4 --unroll-length 5 -
 STEPS = 40  # of an update of two processes
 
 
-def torchrun(folder, script, *words, options=(), **keywords):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+def torchrun(folder, script, *words, machine=("--standalone", "--nproc-per-node", "2"), options=(), **keywords):
+    launch = [sys.executable, "-m", "torch.distributed.run", *machine, *options]
     environment = os.environ | dict(PYTHONPATH=f"{folder}:{ROOT}", OMP_NUM_THREADS="1")
     return subprocess.Popen([*launch, ROOT / script, *WORDS, *map(str, words)], cwd=folder, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
@@ -131,35 +130,46 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_torchrun_s_restart_goes_on_from_the_checkpoint(tmp_path):
-    process = torchrun(tmp_path, "impala_procgen_srwm.py", "--save-interval", 0, "--total-steps", 30 * STEPS,
-                       options=["--max-restarts", "1"])
-    wait_for_steps(process, 8)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert checkpoint(tmp_path)["step"] == 30 * STEPS
-    assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 31
+def test_two_machines_recover_from_the_death_of_a_worker(command, tmp_path):
+    """Here two agents of torchrun on one, which count restarts each for itself. Before the first checkpoint they begin another
+    run, and do not take over an older one of the same arguments; after it they go on from there."""
+    words = ["--save-interval", 0.5, "--total-steps", 80 * STEPS]
+    command(script, *WORDS, *words[:2], "--total-steps", 20)
+    (older,) = tmp_path.glob("runs/*/checkpoint.pt")
+    saved = torch.load(older)
+    torch.save(saved | {"args": saved["args"] | {"total_steps": 80 * STEPS}}, older)
+    before = older.read_bytes()
 
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    machine = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    agents = [torchrun(tmp_path, "impala_procgen_srwm.py", *words, machine=machine, options=["--max-restarts", "3"])
+              for _ in range(2)]
 
-def test_a_restart_goes_on_with_an_unfinished_run_of_the_same_arguments_and_no_other(train, monkeypatch):
-    def given(*words):
-        monkeypatch.setattr(sys, "argv", [script.__file__, *SMALL, *map(str, words)])
-        return script.command_line(script.Args(), "")
+    def kill(rank, when):
+        """Kills the worker of that rank when so many runs have files of that name."""
+        end, (count, name) = time.time() + 90, when
+        while len(list(tmp_path.glob(f"runs/*/{name}"))) < count and time.time() < end:
+            time.sleep(0.02)
+        os.kill((workers(agents[0]) | workers(agents[1]))[rank], signal.SIGKILL)
 
-    finished = train("--total-steps", 100)
-    assert script.unfinished_run(given("--total-steps", 100)) is None
-    saved = torch.load(finished / "checkpoint.pt")
-    torch.save(saved | {"step": 60}, finished / "checkpoint.pt")
-    assert script.unfinished_run(given("--total-steps", 100)) == finished.relative_to(Path.cwd())
-    assert script.unfinished_run(given("--total-steps", 100, "--num-levels", 5)) is None
-    assert script.unfinished_run(given("--total-steps", 100, "--seed", 2)) is None
+    kill(1, when=(2, "lock"))
+    kill(0, when=(2, "checkpoint.pt"))
+    for agent in agents:
+        out, _ = agent.communicate(timeout=120)
+        assert agent.returncode == 0, out
+    assert older.read_bytes() == before and len(list(tmp_path.glob("runs/*"))) == 3  # the second had no checkpoint
+    (new,) = set(tmp_path.glob("runs/*/checkpoint.pt")) - {older}
+    state = script.load_checkpoint(new, None)
+    assert state["step"] == 80 * STEPS and state["optimizer"]["state"][0]["step"] == 81
 
 
 def test_processes_that_go_on_from_different_checkpoints_end(tmp_path):
     program = """
 import sys, impala_procgen_srwm as script
-script.join_processes(script.Args(cuda=False), step=int(sys.argv[1]))
+launch = script.Launch()
+launch.agree(lambda: None)
+launch.join(script.Args(cuda=False), step=int(sys.argv[1]))
 """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

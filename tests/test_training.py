@@ -392,7 +392,9 @@ def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_
     process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith("runs/")
-    time.sleep(5)  # the first unroll alone takes longer
+    while not list(tmp_path.glob("runs/*/events*")):
+        time.sleep(0.1)
+    time.sleep(3)  # the first unroll alone takes longer
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and "checkpoint.pt at step 0" in out, err

@@ -36,11 +36,12 @@ class Learner(script.Learner):
 
 
 script.Learner = Learner
-given, checkpoint = script.parse_args()
+launch = script.Launch()
+given, checkpoint = script.parse_args(launch)
 args, games = script.complete(given)
 args.num_actors = (3, 1)[script.RANK]  # as on machines with other numbers of cores
 agent = script.make_agent(args, checkpoint)
 for parameter in agent.parameters():
     parameter.data *= 1 + script.RANK / 1000  # as of a processor that rounds otherwise, though less
-script.train(given, args, games, agent, checkpoint, script.make_run(args))
+script.train(given, args, games, agent, checkpoint, script.make_run(args), launch)
 torch.save(Learner.first | Learner.second | dict(last=agent.state_dict(), seeds=Learner.seeds), f"process{script.RANK}.pt")
