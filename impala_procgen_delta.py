@@ -16,6 +16,7 @@ Expect about 100,000 steps a second on one H100 with 16 cores, and 900 on two CP
 import contextlib
 import copy
 import ctypes
+import hashlib
 import io
 import math
 import os
@@ -46,9 +47,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
-from gym3 import ConcatEnv
 from procgen import ProcgenGym3Env
-from procgen.env import EXPLORATION_LEVEL_SEEDS
 
 # The games in the order in which --multi-env takes them, and the range of their returns, by which they are normalised
 # (Cobbe et al. 2020, appendix C).
@@ -67,12 +66,12 @@ GAMES = {  # by distribution mode
     "hard": list(RETURN_RANGE),
     "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
     "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"],
-    "exploration": [game for game in RETURN_RANGE if game in EXPLORATION_LEVEL_SEEDS],
 }
 NUM_ACTIONS = 15
 RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE, NUM_RESTARTS = (  # torchrun sets them
     int(os.environ.get(name, default)) for name, default in
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items())
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
 STUCK_AFTER = 60  # seconds without an answer from environments
 
 
@@ -115,9 +114,9 @@ class TrainingArgs:
     env: str | None = None
     """train on this game alone"""
     distribution_mode: str = "easy"
-    """easy, hard, extreme, memory or exploration; each has its own list of games"""
+    """easy, hard, extreme or memory; each has its own list of games"""
     num_levels: int = 200
-    """levels of each game to train on; 0: all (exploration has one fixed level)"""
+    """levels of each game to train on; 0: all"""
     start_level: int = 0
     """the first of these levels"""
     num_actors: int | None = None
@@ -302,14 +301,12 @@ def num_cores():
     return max(1, cores // NUM_PROCESSES_HERE)
 
 
-def make_envs(args, games, num, seed, num_threads=0):
-    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
-    options = dict(distribution_mode=args.distribution_mode, rand_seed=seed % 2**31)
-    levels = dict(num_levels=args.num_levels, start_level=args.start_level)
+def make_envs(args, games, num, seed, num_threads=0, **options):
+    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them. The options
+    are the engine's. evaluate.py makes its environments with this function too."""
+    options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels, start_level=args.start_level)
     try:
-        if args.distribution_mode == "exploration":  # one level for each game, so that they cannot share an engine
-            return ConcatEnv([ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **options) for n in range(num)])
-        envs = ProcgenGym3Env(num, ",".join(games), num_threads=num_threads, **levels, **options)
+        envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
     except OSError as error:  # the dynamic linker's
         raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
@@ -679,10 +676,11 @@ def say(text, file=None):
         print(text, file=file or sys.stdout, flush=True)
 
 
-def save_checkpoint(path, given, learner, episodes, step, best=None):
+def save_checkpoint(path, given, learner, episodes, step, best=None, before=()):
     """Writes to a temporary file first: whatever happens, `path` is a whole checkpoint. Returns whether it could be written."""
-    checkpoint = dict(script=Path(__file__).name, args=to_plain(given), step=step, model=learner.agent.state_dict(),
-                      optimizer=learner.optimizer.state_dict(), episodes=episodes.saved(), best=best)
+    checkpoint = dict(script=Path(__file__).name, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), args=to_plain(given),
+                      before=before, step=step, model=learner.agent.state_dict(), optimizer=learner.optimizer.state_dict(),
+                      episodes=episodes.saved(), best=best)
     try:
         with open(path.with_suffix(".tmp"), "wb") as file:
             torch.save(checkpoint, file)
@@ -865,7 +863,8 @@ def parse_args():
         checkpoint = load_checkpoint(find_checkpoint(given.init_from), None)
         model = {name: value for name, value in vars(saved_args(checkpoint)).items() if name not in vars(TrainingArgs())}
         given = command_line(Args(**model), __doc__)
-        checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None)
+        before = [checkpoint["args"], *checkpoint.get("before", ())]  # what the weights have learned from
+        checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None, before=before)
     if auto or NUM_RESTARTS > 0 and given.resume is None:
         given.resume = unfinished_run(given)
     if given.resume is not None:
@@ -1036,7 +1035,19 @@ def make_run(args):
             run = run.with_name(run.name + "+")  # of a run that began in the same second as another
     if RANK == 0:
         lock(run)
+        keep_script(run)
     return run
+
+
+def keep_script(run):
+    """Keeps a copy of this script in the run's folder; after a change, of the newest that trained there."""
+    copy = run / Path(__file__).name
+    try:
+        if copy.is_file() and copy.read_text(encoding="utf-8") != SOURCE:
+            say(f"{Path(__file__).name} has changed since it trained {run}; the run goes on with it as it is now")
+        copy.write_text(SOURCE, encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        say(f"{copy} could not be written: {error}", sys.stderr)
 
 
 def best_return(run):
@@ -1085,7 +1096,8 @@ def train(given, args, games, agent, checkpoint, run):
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
     def save(name, best=None):
-        return save_checkpoint(run / name, given, learner, episodes, step, best)
+        before = checkpoint.get("before", ()) if checkpoint else ()
+        return save_checkpoint(run / name, given, learner, episodes, step, best, list(before))
 
     def log():
         nonlocal best, lost_best

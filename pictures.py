@@ -52,7 +52,7 @@ class Game:
 
     def __init__(self, name, split, policy, slot, make_level, **options):
         self.name, self.split, self.policy, self.slot, self.number = name, split, policy, slot, -1
-        self.make = lambda level: make_level(policy.args, name, level, **options)
+        self.make = lambda level: make_level(policy.script, policy.args, name, level, **options)
         self.begin()
 
     def begin(self):

@@ -11,20 +11,19 @@ import json
 
 import numpy as np
 
-from impala_procgen_srwm import RETURN_RANGE
-
 DRAWS = 10_000  # bootstrap samples
 COLUMNS = ("train", "test", "mixed", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
 
 
-def summarize(returns, distribution_mode):
-    """Statistics of a split's returns {game: [one of each level]}, as they go into its JSON file."""
+def summarize(returns, distribution_mode, return_range):
+    """Statistics of a split's returns {game: [one of each level]}, as they go into its JSON file. return_range is that of the
+    script: {game: {distribution mode: (low, high)}}."""
     games = {}
     for game, values in returns.items():
         mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        low, high = RETURN_RANGE[game].get(distribution_mode, (None, None))
+        low, high = return_range[game].get(distribution_mode, (None, None))
         normalized = None if low is None else (mean - low) / (high - low)
         games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, returns=values)
     mean = {key: np.mean([row[key] for row in games.values()]) for key in ("mean_return", "normalized")
@@ -78,11 +77,11 @@ def estimates(samples, statistic):
         yield dict(split=column, value=float(value), std=std, low=float(low), high=float(high))
 
 
-def entries(model, games, scores, distribution_mode):
+def entries(model, games, scores, distribution_mode, return_range):
     """The tables' entries for one model, dictionaries: for each game its return and its normalized return, and for all
     games the mean and the interquartile mean of the normalized (in modes without range: of the returns) of all seeds."""
     samples = {"return": bootstrap(scores)}
-    ranges = [RETURN_RANGE[game].get(distribution_mode) for game in games]
+    ranges = [return_range[game].get(distribution_mode) for game in games]
     if None not in ranges:
         low, high = np.array(ranges, dtype=float).T
         samples["normalized"] = {column: (x - low) / (high - low) for column, x in samples["return"].items()}
@@ -106,7 +105,7 @@ def tabulate(runs):
                 game.setdefault(split.column, []).append(np.stack([run.returns[split][i] for run in group]))
         mode, steps = first.args.distribution_mode, " ".join(str(run.checkpoint["step"]) for run in group)
         about = dict(steps=steps, distribution_mode=mode, levels=levels(first), greedy=first.greedy, bf16=first.trained.bf16)
-        rows += [row | about for row in entries(model, first.games, scores, mode)]
+        rows += [row | about for row in entries(model, first.games, scores, mode, first.script.RETURN_RANGE)]
     return rows
 
 

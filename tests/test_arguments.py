@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("words, expected", [
     ("--env pong", "--env must be one of bigfish,"),
     ("--env bigfish --distribution-mode memory", "--env must be one of dodgeball,"),
-    ("--env bigfish --distribution-mode exploration", "--env must be one of maze,"),
+    ("--distribution-mode exploration", "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
     ("--env maze --distribution-mode extreme", "--env must be one of leaper,"),
     ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
-    ("--distribution-mode impossible", "--distribution-mode must be one of easy, hard, extreme, memory, exploration"),
+    ("--distribution-mode impossible", "--distribution-mode must be one of easy, hard, extreme, memory"),
     ("--multi-env 17", "--multi-env must be at most 16"),
     ("--multi-env 7 --distribution-mode memory", "--multi-env must be at most 6"),
     ("--multi-env 0", "--multi-env must be positive"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import procgen
 import pytest
 import torch
 
@@ -122,13 +123,13 @@ SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level; without carried state, the state is reset every unroll_length steps."""
     args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
-    returns = evaluate.play(agent, args, LEVELS)
+    returns = evaluate.play(script, agent, args, LEVELS)
     assert returns.tolist() == [play_alone(agent, *level, 10**6 if carry_state else 7) for level in LEVELS]
 
 
 def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     args, levels = script.Args(cuda=False, bf16=False, unroll_length=7), [("fruitbot", level) for level in range(4)]
-    carried, reset = (evaluate.play(Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
+    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
     assert carried.tolist() != reset.tolist()
 
 
@@ -138,17 +139,17 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     args = script.Args(cuda=False, bf16=bf16)
     agent = script.Agent(args)
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1005)]
-    together = evaluate.play(agent, args, levels, greedy)
-    alone = [evaluate.play(agent, args, [level], greedy).item() for level in levels[::4]]
+    together = evaluate.play(script, agent, args, levels, greedy)
+    alone = [evaluate.play(script, agent, args, [level], greedy).item() for level in levels[::4]]
     assert together[::4].tolist() == alone
 
 
 def test_the_engine_s_threads_change_nothing(few_slots, monkeypatch):
     """On a GPU they step the environments."""
     args = script.Args(cuda=False, bf16=False)
-    inline = evaluate.play(SRWM, args, LEVELS)
+    inline = evaluate.play(script, SRWM, args, LEVELS)
     monkeypatch.setattr(evaluate, "ENGINE_THREADS", {"cpu": 2})
-    assert evaluate.play(SRWM, args, LEVELS).tolist() == inline.tolist()
+    assert evaluate.play(script, SRWM, args, LEVELS).tolist() == inline.tolist()
 
 
 @pytest.mark.gpu
@@ -157,26 +158,20 @@ def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greed
     args = script.Args(cuda=True, bf16=False, compile=False)
     agent = script.Agent(args).cuda()
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1060)]
-    together = dict(zip(levels, evaluate.play(agent, args, levels, greedy)))
+    together = dict(zip(levels, evaluate.play(script, agent, args, levels, greedy)))
     some = levels[::-7]
-    assert [together[level] for level in some] == evaluate.play(agent, args, some, greedy).tolist()
+    assert [together[level] for level in some] == evaluate.play(script, agent, args, some, greedy).tolist()
 
 
 def test_other_seeds_sample_other_actions(few_slots):
     args, levels = script.Args(cuda=False, bf16=False), [("fruitbot", 8), ("fruitbot", 9)]
-    first, second = (evaluate.play(SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
+    first, second = (evaluate.play(script, SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
     assert first != second
 
 
-def test_the_one_level_of_exploration_is_a_training_level_whatever_the_start_level():
-    trained = script.Args(distribution_mode="exploration", start_level=7)
-    assert evaluate.choose_splits(evaluate.Args(), "exploration", ["maze"], trained, ["maze"]) == [(0, 1, "train")]
-
-
-@pytest.mark.parametrize("mode, seed", [("hard", 1234), ("exploration", script.EXPLORATION_LEVEL_SEEDS["maze"])])
-def test_levels_are_those_of_the_mode(mode, seed):
-    args = script.Args(cuda=False, distribution_mode=mode)
-    assert evaluate.make_level(args, "maze", 1234).get_info()[0]["level_seed"] == seed
+def test_levels_are_those_of_the_mode():
+    args = script.Args(cuda=False, distribution_mode="hard")
+    assert evaluate.make_level(script, args, "maze", 1234).get_info()[0]["level_seed"] == 1234
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -194,7 +189,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere_for_what_is_qui
 
 def columns(words, mode="easy", games=("maze",), **trained):
     args = evaluate.Args(splits=tuple(words.split()), num_levels=trained.pop("count", 200))
-    return evaluate.choose_splits(args, mode, list(games), script.Args(**trained), ["maze", "heist"])
+    return evaluate.choose_splits(args, mode, list(games), script, [(script.Args(**trained), ["maze", "heist"])])
 
 
 def test_the_training_levels_are_a_runs_own():
@@ -224,6 +219,26 @@ def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, cap
                                                             ("lstm", "1")}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "2"} == {True}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "1"} == {False}
+
+
+def test_levels_that_were_seen_before_fine_tuning_are_no_test():
+    history = [(script.Args(start_level=2000), ["maze"]), (script.Args(), ["maze", "heist"])]
+    args = evaluate.Args(splits=("train", "0", "100", "1000"), num_levels=100)
+    splits = evaluate.choose_splits(args, "easy", ["maze"], script, history)
+    assert splits == [(0, 100, "train"), (100, 100, "train"), (1000, 100, "test"), (2000, 100, "train")]
+    assert evaluate.choose_splits(args, "easy", ["maze", "heist"], script, history)[-1] == (2000, 100, "mixed")
+
+
+def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path):
+    parents = [train("--total-steps", 20, "--exp-name", "parent", "--seed", seed) for seed in (1, 2)]
+    runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 500)
+            for seed, parent in enumerate(parents, 1)]
+    runs += [train("--total-steps", 20, "--seed", 3, "--start-level", 500)]
+    capsys.readouterr()
+    score(*runs, "--splits", "0", "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {(row["model"], row["seeds"], row["split"]) for row in rows} == {
+        ("srwm init_from=parent", "2", "train"), ("srwm init_from=None", "1", "test")}
 
 
 def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
@@ -265,7 +280,8 @@ def known_run(model, returns):
     """A run of two games, scored on one training and two test splits."""
     splits = [evaluate.Split(0, 2, "train"), evaluate.Split(1000, 2, "test"), evaluate.Split(1200, 2, "test")]
     return SimpleNamespace(
-        model=model, games=["maze", "bigfish"], splits=splits, returns=dict(zip(splits, map(np.array, returns))), greedy=True,
+        script=script, model=model, games=["maze", "bigfish"], splits=splits, greedy=True,
+        returns=dict(zip(splits, map(np.array, returns))),
         args=script.Args(), trained=script.Args(), checkpoint={"step": 1000}, path=Path(f"runs/{model}/checkpoint.pt"))
 
 
@@ -331,7 +347,7 @@ def test_intervals_are_over_seeds_and_levels():
 
 
 def test_statistics_of_known_returns():
-    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy")
+    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy", script.RETURN_RANGE)
     assert found["games"]["maze"]["mean_return"] == 7.5 and found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
     assert found["games"]["maze"]["normalized"] == 0.5 and found["games"]["bigfish"]["normalized"] == 0.5
     assert found["mean"] == {"mean_return": 14.0, "normalized": 0.5}
@@ -354,7 +370,8 @@ def test_statistics_of_known_returns():
     ("--splits dev", "--splits must be train, test, paper or first levels, got dev"),
     ("--splits", "--splits must be train, test, paper or first levels, got none"),
     ("--splits 0 100", "--splits must not overlap"),
-    ("--splits train --distribution-mode exploration --env maze", "exploration"),
+    ("--splits test runs", "(runs come first: evaluate.py RUNS --splits ...)"),
+    ("--distribution-mode exploration", "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
     ("--format html", "--format must be one of text, markdown, csv, json, got html"),
     ("--video out.avi", "--video must end in .mp4 or .gif"),
     ("--video nowhere/out.gif", "--video must be in a folder that exists"),
@@ -398,6 +415,6 @@ def test_a_missing_system_library_is_named_with_its_debian_package(train, score,
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(procgen, "ProcgenGym3Env", no_engine)
     capsys.readouterr()
     refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

@@ -363,7 +363,6 @@ def test_momentum_can_be_new_in_a_resumed_run(train, command):
 
 @pytest.mark.parametrize("words", [
     "--distribution-mode memory --num-levels 500 --multi-env 4 --num-envs 4",
-    "--distribution-mode exploration --multi-env 2 --num-envs 4",
     "--distribution-mode extreme --multi-env 4",
     "--distribution-mode hard --num-levels 0",
     "--no-carry-state",
