@@ -94,6 +94,18 @@ class Clock(torch.nn.Module):
         return torch.nn.functional.one_hot(torch.where(right, 7, 1), 15).float()[None], None, (state[0] + 1,)
 
 
+class Witness(torch.nn.Module):
+    """Acts by a checksum of all that it was ever shown: frames, rewards, beginnings of episodes, in their order."""
+
+    def initial_state(self, batch_size):
+        return (torch.zeros(batch_size, dtype=torch.int64),)
+
+    def forward(self, obs, reward, done, state):
+        shown = obs[0].long().sum((1, 2, 3)) + 7 * (100 * reward[0]).round().long() + 13 * done[0].long()
+        checksum = (31 * state[0] + shown) % 100_003
+        return torch.nn.functional.one_hot(checksum % 15, 15).float()[None], None, (checksum,)
+
+
 def play_alone(agent, game, level, reset_every):
     """The return of one greedy episode in an environment of its own."""
     env = script.ProcgenGym3Env(1, game, num_levels=1, start_level=level, distribution_mode="easy", num_threads=0)
@@ -118,13 +130,22 @@ torch.manual_seed(1)  # of which the episodes are short
 SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 
 
-@pytest.mark.parametrize("agent", [Clock(), SRWM], ids=["clock", "srwm"])
+@pytest.mark.parametrize("agent", [Clock(), Witness(), SRWM], ids=["clock", "witness", "srwm"])
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level; without carried state, the state is reset every unroll_length steps."""
     args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
     returns = evaluate.play(script, agent, args, LEVELS)
     assert returns.tolist() == [play_alone(agent, *level, 10**6 if carry_state else 7) for level in LEVELS]
+
+
+def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(train, score):
+    run = train("--total-steps", 20, "--seed", 5)
+    score("--env", "dodgeball", "fruitbot", "--start-level", 1003, "--num-levels", 2, "--bf16", False)
+    agent = script.Agent(script.Args(cuda=False, bf16=False))
+    agent.load_state_dict(torch.load(run / "checkpoint.pt")["model"])
+    for game, found in results(run, "evaluation_dodgeball_fruitbot_easy_1003_2.json")["games"].items():
+        assert found["returns"] == [play_alone(agent, game, level, 10**6) for level in (1003, 1004)]
 
 
 def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
