@@ -17,7 +17,8 @@ import hashlib
 import importlib.util
 import io
 import json
-import re
+import os
+import shutil
 import sys
 import threading
 import time
@@ -79,7 +80,8 @@ def command_line():
             return tyro.cli(Args, description=__doc__)
         except SystemExit as end:
             if end.code:
-                raise ValueError(" ".join(re.sub("[╭╮╰╯│─]", " ", box.getvalue()).split())) from None
+                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # less the title and the last rule
+                raise ValueError(" ".join(" ".join(line for line in lines if line.strip("─-")).split())) from None
             raise
 
 
@@ -117,10 +119,14 @@ def import_script(name):
     """The training script `name` beside this file, as a module. ValueError if there is none of that name."""
     path = Path(__file__).parent / name
     if Path(name).name != name or path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}")
+        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}; the run's "
+                         "folder has a copy that you can put there")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"the checkpoint's script, {name}, cannot be imported: {error}") from None
     if not hasattr(module, "Agent"):
         raise ValueError(f"the checkpoint's script, {name}, has no Agent")
     return module
@@ -222,6 +228,10 @@ def prepare(args):
         raise ValueError("runs or --checkpoint is missing, and there is no checkpoint under runs/")
     if len(paths) > 1 and (args.video or args.probe):
         raise ValueError(f"--{'video' if args.video else 'probe'} shows a single run, got {len(paths)}")
+    if empty := [path for path in paths if path.is_dir() and not (path / "checkpoint.pt").is_file()]:
+        if len(empty) < len(paths):  # as in runs/*, where one has just begun
+            print(f"note: left out, there is no checkpoint.pt in {', '.join(map(str, empty))}", file=sys.stderr)
+            paths = [path for path in paths if path not in empty]
     runs = [load_run(path, args) for path in paths]
     for run in runs:
         if sum(run.path.samefile(other.path) for other in runs) > 1:
@@ -391,7 +401,10 @@ def follow(players, progress, total, name):
         if left or terminal:
             line = (f"{name}: {sums['episodes']:,} of {total:,} episodes, {sums['steps'] / seconds:,.0f} steps/s, "
                     f"{seconds:.0f} s")
-            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and left else "\n", file=sys.stderr, flush=True)
+            width = max(1, shutil.get_terminal_size().columns - 1)
+            with contextlib.suppress(OSError):
+                print("\r" + line[:width].ljust(width) if terminal else line, end="" if terminal and left else "\n",
+                      file=sys.stderr, flush=True)
 
 
 def score(run, args):
@@ -413,16 +426,38 @@ def score(run, args):
             written.append(path)
         except OSError as error:
             print(f"not written: {error}", file=sys.stderr)
-    print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
+    if written:
+        print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
+
+
+def open_streams():
+    """Lets closed standard streams lead nowhere; what the terminal's character set lacks is printed as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
+
+
+def show(text):
+    """Prints the tables, if there is still somebody who reads them. A full disk ends the program."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of it once more at its end
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"{Path(__file__).name}: the tables could not be printed: {error}")
 
 
 def main():
+    open_streams()
     try:
         try:
             args = command_line()
             runs = prepare(args)
             runs[0].script.keep_freed_memory()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         if args.plot or args.video or args.probe:
@@ -437,11 +472,13 @@ def main():
             for run in runs:
                 score(run, args)
             rows = tabulate(runs)
-            print(FORMATS[args.format](runs, rows))
+            show(FORMATS[args.format](runs, rows))
         if args.plot:
             pictures.plot(runs, rows, args.plot)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of a disk that became full under a picture
+        sys.exit(f"{Path(__file__).name}: stopped: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; --no-cuda needs none: {str(error).splitlines()[0]}")
 

@@ -22,6 +22,7 @@ import math
 import os
 import queue
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -653,10 +654,30 @@ def average(tensors):
         tensor.copy_(mean.view(tensor.shape))
 
 
-def say(text, file=None):
-    """Prints a line. Where it cannot go (a broken pipe, a full disk, a print that a signal interrupted), there is none."""
-    with contextlib.suppress(OSError, RuntimeError):
-        print(text, file=file or sys.stdout, flush=True)
+def open_streams():
+    """Lets closed standard streams lead nowhere; what the terminal's character set lacks is printed as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
+
+
+def say(text, file=None, passing=False):
+    """Prints a line; on a terminal, the next one that is passing too takes its place. Where it cannot go (a broken pipe, a full
+    disk, a print that a signal interrupted), there is none."""
+    file = file or sys.stdout
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        if passing and file.isatty():
+            width = max(1, shutil.get_terminal_size().columns - 1)
+            print("\r" + text[:width].ljust(width), end="", file=file, flush=True)
+            say.passing = True
+        else:
+            print("\n" * say.passing + text, file=file, flush=True)
+            say.passing = False
+
+
+say.passing = False  # whether the terminal's last line is such a one
 
 
 def save_checkpoint(path, given, learner, episodes, step, best=None, before=()):
@@ -763,11 +784,14 @@ class Logger:
         left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
         returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
-        say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}")
+        say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
         self.start(step)
         return valid[valid_mean] if valid_mean and validators.episodes.full() else None
 
     def close(self):
+        if say.passing:
+            say.passing = False
+            say("")
         with contextlib.suppress(OSError):
             self.writer.close()
         if self.wandb:
@@ -779,14 +803,41 @@ def to_plain(args):
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+# What flags of the reference and of CleanRL are called here.
+FOREIGN = {
+    "use-sr": "impala_procgen_fake_sr.py", "use-lstm": "impala_procgen_lstm.py", "use-delta": "impala_procgen_delta.py",
+    "use-psr": "impala_procgen_fake_sr.py", "use-smfwp": "impala_procgen_sr_delta.py", "use-no-carry-sr": "--no-carry-state",
+    "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name", "savedir": "nothing: runs go to runs/",
+    "use-wandb": "--track", "project-name": "--wandb-project-name", "write-profiler-trace": "--profile",
+    "mode": "evaluate.py", "test-num-levels": "evaluate.py --num-levels", "test-start-level": "evaluate.py --start-level",
+    "test-distribution-mode": "evaluate.py --distribution-mode", "num-servers": "--num-actors and --num-envs",
+    **dict.fromkeys(("single-gpu", "pipes-basename", "num-learner-threads", "num-inference-threads", "num-actions",
+                     "disable-validation"), "nothing: not needed"),
+    "env-id": "--env", "total-timesteps": "--total-steps", "num-steps": "--unroll-length", "gamma": "--discounting",
+    "ent-coef": "--entropy-cost", "vf-coef": "--baseline-cost", "max-grad-norm": "--grad-norm-clipping",
+    "torch-deterministic": "--deterministic", "capture-video": "evaluate.py --video",
+    "anneal-lr": "nothing: the learning rate always falls", "no-anneal-lr": "nothing: the learning rate always falls",
+}
+
+
 def command_line(default, description):
     """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
+    words = sys.argv[1:]
+    for i, word in enumerate(words):
+        name = word.split("=")[0].lstrip("-").replace("_", "-")
+        if word.startswith("--") and name in FOREIGN:
+            raise ValueError(f"{word.split('=')[0]} is {FOREIGN[name]} here")
+        if game := re.fullmatch(r"(?:--env=)?(?:procgen:)?procgen-(\w+)-v0", word):
+            raise ValueError(f"--env {game[0].removeprefix('--env=')} is --env {game[1]} here")
+        if i and words[i - 1].replace("_", "-") == "--total-steps" and re.fullmatch(r"[\d.]+e\d+", word.lower()):
+            words[i] = f"{float(word):.0f}"
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
-            return tyro.cli(type(default), default=default, description=description)
+            return tyro.cli(type(default), default=default, description=description, args=words)
         except SystemExit as end:
             if end.code:
-                raise ValueError(" ".join(re.sub("[╭╮╰╯│─]", " ", box.getvalue()).split())) from None
+                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # less the title and the last rule
+                raise ValueError(" ".join(" ".join(line for line in lines if line.strip("─-")).split())) from None
             raise
 
 
@@ -884,9 +935,10 @@ def check_numbers(args):
                  "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            if not (value > 0 or value == 0 and name in from_zero) or value >= 2**31:
-                least = "at least 0" if name in from_zero else "positive"
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} and less than {2**31}, got {value}")
+            least = "at least 0" if name in from_zero else "positive"
+            most = 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
+            if not (value > 0 or value == 0 and name in from_zero) or value >= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and less than {most}, got {value}")
             if value > 1 and name in ("discounting", "alpha", "momentum"):
                 raise ValueError(f"--{name} must be at most 1, got {value}")
 
@@ -988,8 +1040,9 @@ def make_profiler(run):
 
 
 def answer_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    """Lets SIGINT and SIGTERM call it, or does nothing in a thread, which may not. Returns who answered them before."""
+    if threading.current_thread() is threading.main_thread():
+        return [signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def stop_at_signals(*events):
@@ -998,7 +1051,7 @@ def stop_at_signals(*events):
         answer_signals(signal.SIG_IGN)
         for event in events:
             event.set()
-        say(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
+        say(f"{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
         time.sleep(0.1)  # one wish may come as two signals: to the process, and to its group
         answer_signals(signal.SIG_DFL)
 
@@ -1146,7 +1199,8 @@ def main():
         say("stopped before training began: there is nothing to save")
         os._exit(0)
 
-    answer_signals(leave)
+    open_streams()
+    answered = answer_signals(leave)
     keep_freed_memory()
     try:
         try:
@@ -1168,9 +1222,11 @@ def main():
             raise
         sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
                  f"--batch-size (learner): {str(error).splitlines()[0]}")
-    finally:
+    finally:  # for who called this from a program of their own, or a notebook
         while locks:
             locks.popitem()[1].close()
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), answered or ()):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ def check(args):
                 raise ValueError(f"--{name} needs matplotlib: pip install matplotlib")
             if target.suffix == ".mp4" and find_ffmpeg() is None:
                 raise ValueError(f"--{name} needs the program ffmpeg for .mp4; it writes .gif without")
+            existed = target.exists()
+            try:
+                open(target, "ab").close()
+            except OSError as error:
+                raise ValueError(f"--{name} must be a file that can be written, got {target}: {error.strerror}") from None
+            if not existed:
+                target.unlink()
 
 
 def find_ffmpeg():

@@ -47,11 +47,22 @@ def bootstrap(scores, draws=DRAWS):
         for column, splits in game.items():
             total = 0.0
             for x in splits:
-                levels = rng.integers(x.shape[1], size=(draws, x.shape[1]))
-                sampled = np.stack([row[levels].mean(-1) for row in x], axis=-1)  # (draws, seeds)
+                sampled = np.concatenate([sample_levels(x, count, rng) for count in pieces(draws, x.shape[1])])
                 total = total + np.take_along_axis(np.concatenate([x.mean(-1)[None], sampled]), chosen, axis=1)
             means[column].append(total / len(splits))
     return {column: np.stack(games, axis=-1) for column, games in means.items()}
+
+
+def pieces(draws, size):
+    """Parts of so many draws, each of which takes a few megabytes for samples of that size."""
+    most = max(1, 2**20 // size)
+    return [min(most, draws - done) for done in range(0, draws, most)]
+
+
+def sample_levels(x, draws, rng):
+    """Means of each row of x, (seeds, levels), over levels drawn with replacement, the same for all rows: (draws, seeds)."""
+    levels = rng.integers(x.shape[1], size=(draws, x.shape[1]))
+    return np.stack([row[levels].mean(-1) for row in x], axis=-1)
 
 
 def mean(x):
