@@ -12,6 +12,7 @@ import json
 import numpy as np
 
 DRAWS = 10_000  # bootstrap samples
+PIECE = 2**20  # numbers that are drawn at a time: memory is bounded
 COLUMNS = ("train", "test", "mixed", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
@@ -54,8 +55,8 @@ def bootstrap(scores, draws=DRAWS):
 
 
 def pieces(draws, size):
-    """Parts of so many draws, each of which takes a few megabytes for samples of that size."""
-    most = max(1, 2**20 // size)
+    """Parts of so many draws, of which none has more than a PIECE of numbers in samples of that size."""
+    most = max(1, PIECE // size)
     return [min(most, draws - done) for done in range(0, draws, most)]
 
 

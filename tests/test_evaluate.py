@@ -3,8 +3,11 @@
 import csv
 import itertools
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -373,6 +376,70 @@ def test_statistics_of_known_returns():
     assert found["games"]["maze"]["normalized"] == 0.5 and found["games"]["bigfish"]["normalized"] == 0.5
     assert found["mean"] == {"mean_return": 14.0, "normalized": 0.5}
     assert np.isclose(found["games"]["bigfish"]["standard_error"], np.std([1, 1, 40, 40], ddof=1) / 2)
+
+
+# Terminals, disks and the like
+
+
+def test_folders_without_a_checkpoint_are_left_out(train, score, refused, capsys, tmp_path):
+    run = train("--total-steps", 20)
+    (tmp_path / "runs" / "empty").mkdir()
+    capsys.readouterr()
+    score(*sorted((tmp_path / "runs").iterdir()), "--num-levels", 1)
+    out, error = capsys.readouterr()
+    assert f"{run}/checkpoint.pt: srwm" in out and "there is no checkpoint.pt in " in error and "runs/empty" in error
+    refused(lambda: score(tmp_path / "runs" / "empty"), "empty/checkpoint.pt: no such file")
+
+
+@pytest.mark.parametrize("word", ["--plot", "--probe", "--video"])
+def test_pictures_that_cannot_be_written_are_refused_before_work(word, train, score, refused, capsys, tmp_path):
+    train("--total-steps", 20)
+    target = tmp_path / ("out.gif" if word == "--video" else "out.png")
+    target.mkdir()
+    capsys.readouterr()
+    refused(lambda: score(word, target), f"{word} must be a file that can be written", "Is a directory")
+    target.rmdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_run", lambda *rest: 1 / 0)  # what comes after the check
+        with pytest.raises(ZeroDivisionError):
+            score(word, target)
+    assert not target.exists()  # the check leaves nothing
+
+
+@pytest.mark.parametrize("end, status, said", [
+    ("| head -n 1", 0, ""), ("> /dev/full", 1, "the tables could not be printed: [Errno 28] No space left on device"),
+    (">&- 2>&-", 0, ""), ("| cat", 0, "")], ids=["head", "full", "closed", "ascii"])
+def test_tables_that_nobody_can_read_end_in_no_traceback(end, status, said, tmp_path, scored_program):
+    """In a process of its own, whose output is a broken pipe, a full disk, nothing, or lacks letters."""
+    command = f"set -o pipefail; {sys.executable} {scored_program} {end}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(evaluate.__file__).parent,
+                           env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert ended.returncode == status and ended.stderr.strip() == (f"evaluate.py: {said}" if said else "")
+    assert end != "| cat" or "Mean over levels ?" in ended.stdout
+
+
+@pytest.fixture
+def scored_program(tmp_path):
+    """A program that prints the tables as evaluate.py does."""
+    (tmp_path / "program.py").write_text("""
+import evaluate, tables
+evaluate.open_streams()
+evaluate.show("runs/a\\n" * 20_000 + tables.NOTE)
+""")
+    return f"-c 'exec(open(\"{tmp_path / 'program.py'}\").read())'"
+
+
+def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece(monkeypatch):
+    """8 bytes for each of 10,000 samples of 10,000 levels would be 0.8 GB."""
+    scores = [{"test": [np.random.default_rng(1).normal(size=(2, 300))]}]
+    whole = tables.bootstrap(scores)["test"]
+    monkeypatch.setattr(tables, "PIECE", 1000)
+    assert (tables.bootstrap(scores)["test"] == whole).all()
+    monkeypatch.undo()
+    tracemalloc.start()
+    tables.bootstrap([{"test": [np.zeros((1, 10_000))]}], draws=1000)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 # What is not allowed
