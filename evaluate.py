@@ -169,7 +169,7 @@ def load_run(path, args):
         print(f"note: {checkpoint['script']} has changed since it trained {path}, whose folder has a copy of it as it was",
               file=sys.stderr)
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
-    here = dict(cuda=args.cuda, bf16=bf16, compile=False, resume=None, num_actors=None, num_envs=None)  # for this machine
+    here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)  # for this machine
     known = {field.name for field in fields(script.Args)}
     history = [script.complete(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
                for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
@@ -457,6 +457,8 @@ def main():
             args = command_line()
             runs = prepare(args)
             runs[0].script.keep_freed_memory()
+        except BrokenPipeError:  # of --help | head
+            os._exit(0)
         except (ValueError, OSError) as error:
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)

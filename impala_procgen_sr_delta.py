@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections import deque
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ try:
 except ImportError:  # on Windows, where nothing keeps a second process off a run
     fcntl = None
 
-import gym_notices.notices
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -47,8 +47,38 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
-from procgen import ProcgenGym3Env
+if sys.version_info < (3, 13):
+    import gym_notices.notices
+
+    gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
+    from procgen import ProcgenGym3Env
+else:  # for which there is no procgen, but its engine, unchanged, in another package
+    import procgen_gym
+    from procgen_gym.env import DISTRIBUTION_MODE_DICT
+    from procgen_gym.libenv import CLibenv
+
+    class ProcgenGym3Env(CLibenv):
+        """What procgen's class of this name is, as far as it is needed here."""
+
+        def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
+            data = Path(procgen_gym.__file__).parent / "data"
+            needed = dict(env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
+                          render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/")
+            super().__init__(str(data / "prebuilt"), num, dict(center_agent=True, use_backgrounds=True) | options | needed)
+
+        def observe(self):
+            self.call_c_func("libenv_observe")
+            return self.get_reward_buf(), self.get_ob_bufs(), self.get_first_buf().view(bool)
+
+        def get_info(self):
+            self.observe()
+            return [{name: values[n] for name, values in self.get_info_bufs().items()} for n in range(self.num)]
+
+        def get_state(self):
+            state = ctypes.create_string_buffer(2**20)
+            return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
+
+import srwm_cuda
 
 # The games in the order in which --multi-env takes them, and the range of their returns, by which they are normalised
 # (Cobbe et al. 2020, appendix C).
@@ -74,6 +104,7 @@ RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE, NUM_RESTARTS = (  # torchru
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}.items())
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
 STUCK_AFTER = 60  # seconds without an answer from environments
+MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
 
 @dataclass
@@ -88,8 +119,6 @@ class TrainingArgs:
     """train on the GPU"""
     bf16: bool | None = None
     """run the CNN in bfloat16 (None: where the hardware computes in it)"""
-    compile: bool = True
-    """compile the CNN with torch.compile (on the GPU only)"""
     resume: Path | None = None
     """go on with the run in this folder, or from this checkpoint file of it; its own arguments are the defaults then. auto: go
     on with the newest unfinished run of the same arguments, or begin a new one"""
@@ -180,23 +209,22 @@ class Encoder(nn.Module):
             channels = width
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(2048, 256)
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.to(memory_format=torch.channels_last)
-        if args.cuda and args.compile:
-            self.compile(dynamic=False)
+        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # not so in a copy that changes it
+        if not self.fused:
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            first, more = self.cnn[0], 5 * frames.is_cuda  # channels: tensor cores need eight
-            x = F.pad(frames, (0, more)).permute(0, 3, 1, 2).to(self.dtype) / 255.0
-            x = F.conv2d(x, F.pad(first.weight, (0, 0, 0, 0, 0, more)), first.bias, padding=1)
-            return F.relu(self.fc(F.relu(self.cnn[1:](x)).flatten(1))).float()
+            if self.fused:
+                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
+            else:
+                x = self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)
+            return F.relu(self.fc(F.relu(x))).float()
 
 
 # ======================================== model: what the scripts differ in ========================================
-
-import srwm_cuda
 
 
 @dataclass
@@ -242,6 +270,8 @@ def feed_forward_block(size):
 
 
 class Agent(nn.Module):
+    state_bound = 100.0  # W changes by 1.5 at most where all is well; one that has changed by so much grows without end
+
     def __init__(self, args):
         super().__init__()
         if args.hidden_size % args.num_head:
@@ -282,11 +312,12 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     rhos = log_rhos.exp().clamp(max=1.0)
     next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
     deltas = rhos * (rewards + discounts * next_values - values)
-    correction, corrections = torch.zeros_like(bootstrap_value), []
-    for t in reversed(range(len(values))):
-        correction = deltas[t] + discounts[t] * rhos[t] * correction  # vs - V
-        corrections.append(correction)
-    vs = values + torch.stack(corrections[::-1])
+    # vs - V at step s is the sum over t >= s of deltas[t], times the product of discounts * rhos from s to t - 1.
+    steps = torch.arange(len(values), device=values.device)
+    s, t = steps.view(-1, 1, 1), steps.view(1, -1, 1)
+    factors = torch.cat([torch.ones_like(values[:1]), (discounts * rhos)[:-1]])  # of step t - 1
+    products = torch.where(t > s, factors, 1.0).cumprod(dim=1)  # (T, T, B), by s and t
+    vs = values + torch.where(t >= s, products * deltas, 0.0).sum(dim=1)
     next_vs = torch.cat([vs[1:], bootstrap_value.unsqueeze(0)])
     return vs, rhos * (rewards + discounts * next_vs - values)
 
@@ -300,9 +331,19 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def num_cores():
-    """Cores for this process: its share, where torchrun started several on this machine."""
+def num_cores(root="/"):
+    """Cores for this process: those that it may run on, or as much of their time as its container may use; of these, its share,
+    where torchrun started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = Path(root, "proc/self/cgroup")  # lines such as 0::/a/b, in version 1 4:cpu,cpuacct:/a/b
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        folder = Path(root, "sys/fs/cgroup", controllers, group.lstrip("/"))
+        files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+        for above in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit here
+                quota, period = map(int, " ".join((above / file).read_text() for file in files).split())
+                cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return max(1, cores // NUM_PROCESSES_HERE)
 
 
@@ -316,6 +357,12 @@ def make_envs(args, games, num, seed, num_threads=0, **options):
         raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
     return envs
+
+
+def engine_threads(args):
+    """Threads in which the engine steps an actor's environments; 0: the actor's own. Together they are more than the cores,
+    since while some actors infer, others step."""
+    return max(1, math.ceil(1.5 * num_cores() / args.num_actors)) if args.cuda else 0
 
 
 class Episodes:
@@ -378,6 +425,18 @@ class Unroll:
         return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
+@torch.no_grad()
+def begin_diverged_anew(agent, state):
+    """Sets the state, whose parts are (B, ...), of environments to zero in which it is not finite or reaches the agent's bound,
+    if that has one. Returns their number."""
+    bound = getattr(agent, "state_bound", math.inf)
+    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
+    diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
+    for part in state:
+        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+    return int(diverged.sum())
+
+
 class Weights:
     """The newest weights on their way from the learner to the actors: whole, never half an update."""
 
@@ -400,12 +459,30 @@ class Weights:
         return self.copy(self.newest, agent.parameters(), updates=0)
 
 
-def synchronize():
-    """Waits for the calling thread's CUDA stream, if there is one; a blocking event leaves the core to the environments."""
+def record_event():
+    """An event on the calling thread's CUDA stream; None if there is no GPU in use."""
     if torch.cuda.is_initialized():
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to the environments
         event.record()
+        return event
+    return None
+
+
+def wait_for(event):
+    if event is not None:
         event.synchronize()
+
+
+def synchronize():
+    """Waits for the calling thread's CUDA stream, if there is one."""
+    wait_for(record_event())
+
+
+def lock_pages(owner, tensor):
+    """Page-locks a tensor's memory as long as its owner lives, so that the GPU copies from there by itself."""
+    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    torch.cuda.check_error(int(error))
+    weakref.finalize(owner, lambda: torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())).atexit = False
 
 
 def capture(function, stream, generator=None):
@@ -424,35 +501,36 @@ def capture(function, stream, generator=None):
     return replay
 
 
-class Actor(threading.Thread):
-    """Plays unrolls: takes an empty one and the newest weights, fills it with T steps of its environments, passes it on.
+class Actor:
+    """A vector of environments and what plays it: fills an unroll with T of its steps, with the newest weights.
 
-    What a step does on the device is one function, `act`, and on CUDA one graph: threads share Python's lock, and every call
-    that each makes in a step is one that the others wait for.
+    What a step does on the device is one function, `act`, and on CUDA one graph, from the frames in the engine's memory to the
+    action's way back.
     """
 
-    def __init__(self, index, args, games, seed, weights, episodes, free, full, stop):
-        super().__init__(name=f"actor {index}", daemon=True)
-        self.args, self.games, self.weights, self.episodes = args, games, weights, episodes
-        self.free, self.full, self.stop = free, full, stop
-        self.error, self.waiting_since = None, None
-        self.envs = make_envs(args, games, args.num_envs, seed, max(1, min(4, num_cores() // args.num_actors)) * args.cuda)
+    def __init__(self, index, args, games, seed, weights, episodes):
+        self.name, self.args, self.games, self.weights, self.episodes = f"actor {index}", args, games, weights, episodes
+        self.waiting_since, self.begun_anew = None, 0
+        self.envs = make_envs(args, games, args.num_envs, seed, engine_threads(args))
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         device = torch.device("cuda" if args.cuda else "cpu")
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, args.num_envs), self.agent.initial_state(args.num_envs)
         self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
-        self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown]  # on the host
+        self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown[1:]]  # on the host
         self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # this too
+        frames = torch.from_numpy(self.envs.observe()[1]["rgb"])  # the engine's own buffer
+        self.shown.insert(0, frames.unsqueeze(0))
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stream = None
+        self.observe()
         if args.cuda:
+            lock_pages(self, frames)
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
             self.stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above get their first values
             with torch.cuda.stream(self.stream):
                 self.act()
             self.act = capture(self.act, self.stream, self.generator)
-        self.observe()
 
     def store(self):
         """Uploads what the environments show, and writes it to the unroll. Returns it: obs, reward and done, (1, B, ...)."""
@@ -468,7 +546,7 @@ class Actor(threading.Thread):
         for old, new in zip(self.state, state):
             old.copy_(new)
         clocks = torch.empty_like(logits).exponential_(generator=self.generator)
-        action = (logits.softmax(-1) / clocks).argmax(-1)  # the first clock to ring is a sample of the softmax
+        action = (logits.softmax(-1) / clocks).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
         self.unroll.logits.index_copy_(0, self.t, logits)
         self.unroll.action.index_copy_(0, self.t, action)
         self.action.copy_(action[0].int(), non_blocking=True)
@@ -477,15 +555,17 @@ class Actor(threading.Thread):
     def observe(self):
         """Waits for the environments. Returns reward and done as NumPy arrays (B,)."""
         self.waiting_since = time.monotonic()
-        reward, obs, done = self.envs.observe()
+        reward, _, done = self.envs.observe()
         self.waiting_since = None
-        for mine, theirs in zip(self.shown, (obs["rgb"], reward, done)):
+        for mine, theirs in zip(self.shown[1:], (reward, done)):
             mine.numpy()[0] = theirs
         return reward, done
 
     def play(self, unroll):
-        """Fills the unroll with the next T steps. Returns it, or None if told to stop."""
+        """Fills the unroll with the next T steps. A generator: it yields where it would wait, for the device and then for the
+        environments, so that the thread can turn to other actors."""
         unroll.version = self.weights.fetch(self.agent)
+        self.begun_anew += begin_diverged_anew(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
             first.copy_(now if self.args.carry_state else now.zero_())
         if self.args.reward_clipping == "normalize":
@@ -493,11 +573,12 @@ class Actor(threading.Thread):
             self.unroll.reward_scale.copy_(torch.tensor([scales]))
         self.t.zero_()
         for _ in range(self.args.unroll_length):
-            if self.stop.is_set():
-                return None
             self.act()
-            synchronize()
+            acted = record_event()
+            yield
+            wait_for(acted)
             self.envs.act(self.action.numpy())
+            yield
             reward, done = self.observe()
             self.returns += reward
             self.lengths += 1
@@ -505,48 +586,60 @@ class Actor(threading.Thread):
                 self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
         self.store()
-        for theirs, mine in zip(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs)):
-            theirs.copy_(mine)
+        torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
         synchronize()
-        return unroll
 
-    def run(self):
+
+class Actors:
+    """Actors, the threads in which they play, and the fixed pool of unrolls that passes between them and the learner: it bounds
+    memory and policy lag.
+
+    On a GPU there is one thread, which turns from actor to actor: threads share Python's lock, and waiting for it would cost
+    more than all that an actor does with it. On a CPU, where a thread computes what it asks for, each actor has its own.
+    With --deterministic there are no threads: whoever asks for an unroll lets the next actor play it.
+    """
+
+    def __init__(self, agent, args, games, seed, weights, episodes, spare=1):
+        self.args, self.episodes, self.turn, self.error = args, episodes, 0, None
+        self.free, self.full, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self.actors = [Actor(i, args, games, seed + i, weights, episodes) for i in range(args.num_actors)]
+        for _ in range(args.num_actors + spare):
+            self.free.put(Unroll(agent, args.unroll_length, args.num_envs))
+        groups = [] if args.deterministic else [self.actors] if args.cuda else [[actor] for actor in self.actors]
+        self.threads = [threading.Thread(target=self.run, args=(group,), daemon=True) for group in groups]
+
+    def start(self):
+        synchronize()
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, actors):
+        """Lets actors play by turns until told to stop."""
+        def unrolls(actor):
+            while (unroll := self.free.get()) is not None:
+                yield from actor.play(unroll)
+                self.full.put(unroll)
         try:
-            with torch.cuda.stream(self.stream):
-                while (empty := self.free.get()) is not None and (unroll := self.play(empty)) is not None:
-                    self.full.put(unroll)
+            games = [(actor.stream, unrolls(actor)) for actor in actors]
+            while not self.stop.is_set():
+                for stream, game in games:
+                    with torch.cuda.stream(stream):
+                        next(game, None)
         except BaseException as error:
             self.error = error
         finally:
             self.full.put(None)  # wakes whoever waits: no more will come
 
-
-class Actors:
-    """Actor threads, and the fixed pool of unrolls that passes between them and the learner: it bounds memory and policy lag.
-
-    With --deterministic there are no threads: whoever asks for an unroll lets the next actor play it.
-    """
-
-    def __init__(self, agent, args, games, seed, weights, episodes, spare=1):
-        self.args, self.episodes, self.turn = args, episodes, 0
-        self.free, self.full, self.stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        self.actors = [Actor(i, args, games, seed + i, weights, episodes, self.free, self.full, self.stop)
-                       for i in range(args.num_actors)]
-        for _ in range(args.num_actors + spare):
-            self.free.put(Unroll(agent, args.unroll_length, args.num_envs))
-
-    def start(self):
-        synchronize()
-        for actor in self.actors:
-            if not self.args.deterministic:
-                actor.start()
-
     def get(self):
-        """The next full unroll, or None if the actors were told to stop. Raises what an actor died of."""
+        """The next full unroll, or None if the actors were told to stop. Raises what one of them died of."""
         if self.args.deterministic:
             actor, self.turn = self.actors[self.turn], (self.turn + 1) % len(self.actors)
+            unroll = self.free.get()
             with torch.cuda.stream(actor.stream):
-                return actor.play(self.free.get())
+                for _ in actor.play(unroll):
+                    if self.stop.is_set():
+                        return None
+            return unroll
         while True:
             with contextlib.suppress(queue.Empty):
                 unroll = self.full.get(timeout=1)
@@ -556,9 +649,9 @@ class Actors:
 
     def check(self):
         """Raises the exception that an actor died of, and TimeoutError if its environments do not answer."""
+        if self.error is not None:
+            raise self.error
         for actor in self.actors:
-            if actor.error is not None:
-                raise actor.error
             since = actor.waiting_since
             if since is not None and time.monotonic() - since > STUCK_AFTER:
                 time.sleep(1)  # if it was this whole process that stood still, they answer now
@@ -567,11 +660,11 @@ class Actors:
 
     def close(self):
         self.stop.set()
-        for _ in self.actors:
+        for _ in self.threads:
             self.free.put(None)
-        for actor in self.actors:
-            if actor.is_alive():
-                actor.join(timeout=2)  # a stuck one never ends
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(timeout=2)  # a stuck one never ends
 
 
 class Learner:
@@ -613,8 +706,7 @@ class Learner:
                 if self.unroll is None:
                     return None
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
-            for mine, theirs in zip(self.batch.columns(filled, count), self.unroll.columns(self.column, count)):
-                mine.copy_(theirs)
+            torch._foreach_copy_(self.batch.columns(filled, count), self.unroll.columns(self.column, count))
             lag += (version - self.unroll.version) * count / self.args.batch_size
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
@@ -646,14 +738,25 @@ class Learner:
     def backward(self):
         """The gradient of the loss. Returns the first of the STATISTICS."""
         self.optimizer.zero_grad()
-        loss, statistics = self.loss()
+        loss, self.statistics = self.loss()
         loss.backward()
-        return statistics
+        for parameter in self.agent.parameters():
+            if parameter.grad is None:  # the loss does not depend on it, here; in another process it may
+                parameter.grad = torch.zeros_like(parameter)
+        return self.statistics
 
+    @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient. Returns the gradient's norm before."""
+        """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all weights and
+        averages stay what they were. Returns the gradient's norm before."""
         gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
+        finite = torch.cat([self.statistics, gradient_norm.view(1)]).isfinite().all()
+        averages = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
+        learned = [*self.agent.parameters(), *averages]
+        before = [x.clone() for x in learned]
         self.optimizer.step()
+        for x, old in zip(learned, before):
+            torch.where(finite, x, old, out=x)  # a CUDA graph cannot ask, and must not wait
         return gradient_norm
 
     def update(self, stop=False):
@@ -778,12 +881,12 @@ class Logger:
     def add(self, *statistics):
         self.sums, self.updates = self.sums + np.array(statistics), self.updates + 1
 
-    def write(self, step, learning_rate, episodes, validators):
+    def write(self, step, learning_rate, episodes, validators, diverged):
         """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100 episodes
         of each game, or None if there are not as many."""
         sps = (step - self.step) / (time.monotonic() - self.time)
         scalars = dict(zip((*Learner.STATISTICS, "policy_lag"), self.sums / self.updates))
-        scalars |= dict(learning_rate=learning_rate, SPS=sps) | episodes.scalars(self.args.distribution_mode)
+        scalars |= dict(learning_rate=learning_rate, SPS=sps) | diverged | episodes.scalars(self.args.distribution_mode)
         valid = validators.episodes.scalars(validators.args.distribution_mode) if validators else {}
         mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
                             for found in (scalars, valid))
@@ -805,6 +908,7 @@ class Logger:
         left = timedelta(seconds=round(max(0, self.args.total_steps - step) / max(sps, 1e-9)))
         returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
+        returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in diverged.items() if count)
         say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
         self.start(step)
         return valid[valid_mean] if valid_mean and validators.episodes.full() else None
@@ -1126,18 +1230,16 @@ def train(given, args, games, agent, checkpoint, run):
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.cuda:  # on a CPU these are slow, and the usual ones just as deterministic
-        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # also of what is compiled, such as max-pooling
+        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS needs for that
     if RANK == 0:
         parameters = sum(parameter.numel() for parameter in agent.parameters())
         device = torch.cuda.get_device_name() if args.cuda else "the CPU"
         say(f"{run}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} actors x {args.num_envs} environments, "
             f"{parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
-        if args.cuda and args.compile:
-            say("compiling the CNN and capturing CUDA graphs, about a minute")
     learner, weights = Learner(agent, args, checkpoint and checkpoint["optimizer"]), Weights(agent)
     episodes = Episodes(games, checkpoint and checkpoint["episodes"])
-    seed = (args.seed + step) * 1000 + RANK * (args.num_actors + 1)  # a resumed run plays on, not again
+    seed = (args.seed + step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; processes have ranges of their own
     actors, validators = Actors(agent, args, games, seed, weights, episodes), None
     if args.valid_num_levels and RANK == 0:
         valid_args, valid_seed = validation_args(args, games), seed + args.num_actors
@@ -1149,7 +1251,11 @@ def train(given, args, games, agent, checkpoint, run):
     profiler = make_profiler(run) if args.profile and RANK == 0 else None
     if NUM_PROCESSES > 1:
         join_processes(args, step)
+        for tensor in agent.state_dict().values():  # other processors round the initial weights otherwise
+            dist.broadcast(tensor, src=0)
+        weights.copy(agent.parameters(), weights.newest, updates=0)
     stop, stopping, updates, saved, lost_best = threading.Event(), False, 0, time.monotonic(), False
+    skipped, in_a_row = 0, 0  # updates that are not finite
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
     def save(name, best=None):
@@ -1158,7 +1264,8 @@ def train(given, args, games, agent, checkpoint, run):
 
     def log():
         nonlocal best, lost_best
-        valid_return = logger.write(step, learning_rate, episodes, validators)
+        diverged = dict(skipped_updates=skipped, states_begun_anew=sum(actor.begun_anew for actor in actors.actors))
+        valid_return = logger.write(step, learning_rate, episodes, validators, diverged)
         if valid_return is not None and (best is None or valid_return > best):
             if not (lost_best := not save("best.pt", valid_return)):
                 best = valid_return
@@ -1175,9 +1282,11 @@ def train(given, args, games, agent, checkpoint, run):
             synchronize()  # here, and not when `publish` holds the lock that actors wait for
             *statistics, stopping = result.tolist()
             stopping = stopping or NUM_PROCESSES == 1 and stop.is_set()  # it may have come after the update began
-            if not all(map(math.isfinite, statistics)):
+            finite = all(map(math.isfinite, statistics))
+            skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+            if in_a_row == MAX_SKIPPED:
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(learner.STATISTICS, statistics))
-                raise FloatingPointError(f"the update after step {step:,} is not finite: {named}")
+                raise FloatingPointError(f"{in_a_row} updates in a row, the last after step {step:,}, are not finite: {named}")
             weights.publish(agent)
             before, step = step, step + args.unroll_length * args.batch_size * NUM_PROCESSES
             updates += 1
@@ -1185,12 +1294,13 @@ def train(given, args, games, agent, checkpoint, run):
                 profiler.step()
             if RANK > 0:
                 continue
-            logger.add(*statistics, lag)
+            if finite:
+                logger.add(*statistics, lag)
             if validators:
                 validators.check()
                 if updates % pause == 0 and (args.deterministic or validators.full.qsize()):
                     validators.free.put(validators.get())
-            if time.monotonic() - logger.time >= args.log_interval:
+            if logger.updates and time.monotonic() - logger.time >= args.log_interval:
                 log()
             due = time.monotonic() - saved >= args.save_interval
             if step >= extra and (before < extra or due) and save(f"checkpoint_{step}.pt"):
@@ -1223,6 +1333,7 @@ def main():
     open_streams()
     answered = answer_signals(leave)
     keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
         try:
             given, checkpoint = parse_args()
@@ -1232,6 +1343,8 @@ def main():
             args, games = complete(given)
             make_envs(args, games, len(games), args.seed)  # whatever ails the engine shows here
             agent, run = make_agent(args, checkpoint), make_run(args)
+        except BrokenPipeError:  # of --help | head
+            os._exit(0)
         except (ValueError, OSError) as error:  # only from here: in training it would be a mistake in the program
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)

@@ -1,9 +1,7 @@
 // What the kernels share: sums over short vectors and over neighbouring threads, copies to shared memory, and how
-// matrices lie there.
+// matrices lie there. No header is included, neither CUDA's nor C++'s: NVRTC alone compiles all of it.
 
 #pragma once
-#include <cuda_pipeline.h>
-#include <cuda_runtime.h>
 
 constexpr int MAX_COLUMNS = 512;  // of a matrix: a thread each, of at most 128 registers
 constexpr int LANES = 4;          // threads that sum over the columns of one row together
@@ -48,22 +46,33 @@ __device__ float sum_over_lanes(float value) {
   return value;
 }
 
-// Starts a copy of one number from global to shared memory, which __pipeline_wait_prior waits for.
-template <typename Number>
-__device__ void copy_async(Number* to, const Number* from) { __pipeline_memcpy_async(to, from, sizeof(Number)); }
+// Starts a copy of one float from global to shared memory, in the thread's open group of copies; before compute capability 8.0
+// it is an ordinary one.
+__device__ inline void copy_async(float* to, const float* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *to = *from;
+#endif
+}
 
-__host__ __device__ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+// Closes the thread's group of copies, and opens the next.
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all closed groups of the thread's copies but the last N.
+template <int N>
+__device__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+__device__ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Floats in a row of a matrix in shared memory whose LANES threads read `width` neighbouring floats at once: an odd multiple
 // of it, so that the rows that are read together lie in different banks.
-__host__ __device__ inline int row_stride(int columns, int width) { return round_up(columns - width, 2 * width) + width; }
-
-// LAUNCH, which returns, for a head size that is known only now.
-#define FOR_D(D_RUNTIME, LAUNCH)           \
-  switch (D_RUNTIME) {                     \
-    case 8: LAUNCH(8);                     \
-    case 16: LAUNCH(16);                   \
-    case 32: LAUNCH(32);                   \
-    case 64: LAUNCH(64);                   \
-    default: return cudaErrorInvalidValue; \
-  }
+__device__ inline int row_stride(int columns, int width) { return round_up(columns - width, 2 * width) + width; }

@@ -10,8 +10,6 @@
 
 #include "common.cuh"
 
-namespace {
-
 struct Shape {
   int T, B, H, V;
   int bptt_length;  // 0: gradients flow through the whole unroll
@@ -97,7 +95,7 @@ struct __align__(16) Four {
 };
 
 // A thread takes four columns at a time of its row.
-__host__ __device__ inline int padded(int V) { return row_stride(V, 4 * LANES); }
+__device__ inline int padded(int V) { return row_stride(V, 4 * LANES); }
 
 // Walks the unroll backwards, with F as each step left it and G, the loss's gradient with respect to F, in shared memory.
 // F is not stored at each step: its last value in an episode is replayed from the saved k, beta and e (rank-one updates,
@@ -167,8 +165,10 @@ __global__ void __launch_bounds__(MAX_COLUMNS) delta_rule_backward_kernel(Shape 
 #pragma unroll
       for (int i = 0; i < D; ++i) f[i] += k[at * D + i] * change;
     }
+    int apart = stride;
+    asm volatile("" : "+r"(apart));  // or the compiler keeps all rows' addresses, computed before the loop over steps
 #pragma unroll
-    for (int i = 0; i < D; ++i) F[i * stride + c] = f[i];
+    for (int i = 0; i < D; ++i) F[i * apart + c] = f[i];
   };
 
   for (float* p = shared + c; p < end; p += blockDim.x) *p = 0.f;  // what lies beyond column V stays 0
@@ -237,45 +237,4 @@ __global__ void __launch_bounds__(MAX_COLUMNS) delta_rule_backward_kernel(Shape 
 #pragma unroll 4
     for (int i = 0; i < D; ++i) dstate[column + i * s.V] = G[i * stride + c];
   }
-}
-
-}  // namespace
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Launchers. They return CUDA's error code, 0 if there is none.
-
-int delta_rule_forward(int T, int B, int H, int D, int V, const float* q, const float* k, const float* v, const float* beta,
-                       const float* state, const bool* done, float* out, float* new_state, float* e, int* episode,
-                       cudaStream_t stream) {
-  const Shape shape = {T, B, H, V, 0};
-  const int threads = round_up(max(V, 2 * D), 32);
-#define LAUNCH(D)                                                                                                       \
-  delta_rule_forward_kernel<D><<<B * H, threads, 0, stream>>>(shape, q, k, v, beta, state, done, out, new_state, e,     \
-                                                              episode);                                                 \
-  return cudaGetLastError()
-  FOR_D(D, LAUNCH)
-#undef LAUNCH
-}
-
-// Bytes of shared memory that a block of the backward kernel needs.
-int delta_rule_backward_shared_memory(int D, int V) { return sizeof(float) * (4 * D + (6 + 2 * D) * padded(V)); }
-
-int delta_rule_backward(int T, int B, int H, int D, int V, int bptt_length, const float* q, const float* k,
-                        const float* beta, const float* state, const float* e, const int* episode, const float* dout,
-                        const float* dnew, float* dq, float* dk, float* dv, float* dbeta, float* dstate,
-                        cudaStream_t stream) {
-  const Shape shape = {T, B, H, V, bptt_length};
-  const int bytes = delta_rule_backward_shared_memory(D, V);
-  const int threads = round_up(max(V, D * LANES + 32), 32);
-#define LAUNCH(D)                                                                                                     \
-  {                                                                                                                   \
-    const cudaError_t error =                                                                                         \
-        cudaFuncSetAttribute(delta_rule_backward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);      \
-    if (error != cudaSuccess) return error;                                                                           \
-    delta_rule_backward_kernel<D><<<B * H, threads, bytes, stream>>>(shape, q, k, beta, state, e, episode, dout, dnew, \
-                                                                     dq, dk, dv, dbeta, dstate);                      \
-    return cudaGetLastError();                                                                                        \
-  }
-  FOR_D(D, LAUNCH)
-#undef LAUNCH
 }

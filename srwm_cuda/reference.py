@@ -5,6 +5,7 @@ gradients. The arguments are those of the functions in `srwm_cuda`, which check 
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def srwm(x, W, state, done, bptt_length=None):
@@ -39,6 +40,18 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
         state = torch.addcmul(state, k[t, ..., :, None], change[..., None, :])  # state + outer(k, change)
         outs.append(torch.einsum("bhi,bhij->bhj", q[t], state))
     return torch.stack(outs), state
+
+
+def impala_cnn(frames, *parameters):
+    """The residual CNN of IMPALA (Espeholt et al. 2018, figure 3), in the dtype of its parameters; see `srwm_cuda.impala_cnn`."""
+    x = frames.permute(0, 3, 1, 2).to(parameters[0].dtype) / 255
+    layers = zip(parameters[::2], parameters[1::2])
+    for _ in range(3):
+        x = F.max_pool2d(F.conv2d(x, *next(layers), padding=1), 3, 2, 1)
+        for _ in range(2):
+            hidden = F.relu(F.conv2d(F.relu(x), *next(layers), padding=1))
+            x = x + F.conv2d(hidden, *next(layers), padding=1)
+    return x.flatten(1)
 
 
 def _may_begin_episodes(done):

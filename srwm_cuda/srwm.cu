@@ -10,10 +10,6 @@
 
 #include "common.cuh"
 
-#include <type_traits>
-
-namespace {
-
 constexpr int AHEAD = 4;  // steps for which there is room in shared memory: the one at hand, and those on their way there
 
 struct Shape {
@@ -72,7 +68,7 @@ __global__ void __launch_bounds__(MAX_COLUMNS * PARTS) srwm_forward_kernel(Shape
   auto fetch = [&](int t) {
     if (t < s.T && threadIdx.x < D)
       copy_async(&xs[t % AHEAD][threadIdx.x], x + ((size_t)t * gridDim.x + blockIdx.x) * D + threadIdx.x);
-    __pipeline_commit();
+    commit_copies();
   };
   for (int t = 0; t < AHEAD; ++t) fetch(t);
 
@@ -82,7 +78,7 @@ __global__ void __launch_bounds__(MAX_COLUMNS * PARTS) srwm_forward_kernel(Shape
 
   int start = -1;
   unsigned dones = 0;  // of 32 steps, a bit each
-  __pipeline_wait_prior(AHEAD - 1);
+  wait_for_copies<AHEAD - 1>();
   __syncthreads();
 
   for (int t = 0; t < s.T; ++t) {
@@ -106,7 +102,7 @@ __global__ void __launch_bounds__(MAX_COLUMNS * PARTS) srwm_forward_kernel(Shape
     if (my.group == 3) out = __fdividef(1.f, 1.f + expf(-out));
     if (my.group > 0 && my.is_first) exps[my.offset] = out;
     fetch(t + AHEAD);
-    __pipeline_wait_prior(AHEAD - 1);
+    wait_for_copies<AHEAD - 1>();
     __syncthreads();
 
     const float* my_q = exps + my.row;
@@ -154,41 +150,28 @@ __device__ float sum_over_warps(const float* v, int warps) {
   return total;
 }
 
-// A thread's rows of W: in registers, or, where there are too many for that, in shared memory.
-template <int ROWS>
-struct InRegisters {
+// A thread's rows of W: in shared memory, or, where there are few enough, in registers.
+template <bool IN_SHARED, int ROWS, int STRIDE>
+struct Rows {
+  float* first;
+  __device__ float& operator[](int i) const { return first[i * STRIDE]; }
+};
+template <int ROWS, int STRIDE>
+struct Rows<false, ROWS, STRIDE> {
   float rows[ROWS];
   __device__ float& operator[](int i) { return rows[i]; }
   __device__ float operator[](int i) const { return rows[i]; }
 };
-template <int STRIDE>
-struct InShared {
-  float* first;
-  __device__ float& operator[](int i) const { return first[i * STRIDE]; }
-};
 
-// How the backward kernel is compiled for some number of columns; the fewer threads at most, the more registers each.
+// How the backward kernel is compiled for some number of columns; the fewer threads at most, the more registers each. Which
+// variant, and how much shared memory its blocks need, srwm_cuda/__init__.py says.
 template <int D_, int PARTS_, int THREADS_>
 struct Variant {
   static constexpr int D = D_, PARTS = PARTS_, THREADS = THREADS_, ROWS = D / PARTS;
   static constexpr bool W_IN_SHARED = ROWS > 16;
   // Short of registers: what a step reads more than once is read anew, and sums are taken group by group.
   static constexpr bool LEAN = ROWS * THREADS >= 16384;
-
-  static int shared_memory(int C) {  // bytes
-    const int sums = 8 * D * round_up((C * PARTS + 31) / 32, 4), w = W_IN_SHARED ? ROWS * THREADS : 0;
-    return sizeof(float) * (sums + AHEAD * round_up(D + 2 * C + 1, 4) + w);
-  }
 };
-
-template <int D, typename Use>
-int with_variant(int C, Use use) {
-  constexpr int PARTS = D > 32 ? 4 : D / 8, FEWER = (PARTS + 1) / 2, MOST = MAX_COLUMNS * FEWER;
-  constexpr int FEW = D > 16 ? 800 : 512, SOME = D > 32 ? 768 : MOST;
-  if (C * PARTS <= FEW) return use(Variant<D, PARTS, FEW>());
-  if (C * FEWER <= SOME) return use(Variant<D, FEWER, SOME>());
-  return use(Variant<D, FEWER, MOST>());
-}
 
 // Walks the unroll backwards, with W as it stood before each step and G, the loss's gradient with respect to it, in
 // registers (W in shared memory, where there are too few). W is not stored at each step: each update is taken back, from
@@ -261,12 +244,12 @@ __global__ void __launch_bounds__(V::THREADS, V::W_IN_SHARED ? 1 : 0) srwm_backw
       if (t >= 0 && i <= D + 2 * s.C) copy_async(slot_of(t) + i, source[n]);
       source[n] -= stride[n];
     }
-    __pipeline_commit();
+    commit_copies();
   };
   for (int i = 1; i < AHEAD; ++i) fetch(s.T - i);
 
   float g[ROWS];
-  std::conditional_t<V::W_IN_SHARED, InShared<V::THREADS>, InRegisters<ROWS>> w;
+  Rows<V::W_IN_SHARED, ROWS, V::THREADS> w;
   if constexpr (V::W_IN_SHARED) w.first = slots + AHEAD * slot_size + threadIdx.x;
   auto replay = [&](int last) {  // W as it stood after step `last`
     const int begin = episode[(size_t)last * s.B + b];
@@ -306,7 +289,7 @@ __global__ void __launch_bounds__(V::THREADS, V::W_IN_SHARED ? 1 : 0) srwm_backw
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = v[i];
   };
-  __pipeline_wait_prior(AHEAD - 2);
+  wait_for_copies<AHEAD - 2>();
   __syncthreads();
 
   for (int t = s.T - 1;; --t) {  // down to -1, for dx of step 0
@@ -347,7 +330,7 @@ __global__ void __launch_bounds__(V::THREADS, V::W_IN_SHARED ? 1 : 0) srwm_backw
     for (int i = 0; i < ROWS; ++i) g[i] += (q[i] - k[i]) * dd;
     if (!LEAN) sum_up(t, 0);
     const float* sums_t = sums + (t & 1) * warps * 4 * D;
-    __pipeline_wait_prior(AHEAD - 3);
+    wait_for_copies<AHEAD - 3>();
     __syncthreads();
 
     if (t + 1 < s.T && my.c < D && my.row == 0)
@@ -390,47 +373,4 @@ __global__ void __launch_bounds__(V::THREADS, V::W_IN_SHARED ? 1 : 0) srwm_backw
     }
     fetch(t + 1 - AHEAD);
   }
-}
-
-}  // namespace
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Launchers. They return CUDA's error code, 0 if there is none.
-
-int srwm_forward(int T, int B, int H, int D, int Y, const float* x, const float* W0, const float* state, const bool* done,
-                 float* y, float* new_state, float* qkb, float* d, int* episode, cudaStream_t stream) {
-  const Shape shape = {T, B, H, Y, Y + 2 * D + 4, 0};
-#define LAUNCH(D)                                                                                                     \
-  {                                                                                                                   \
-    constexpr int PARTS = D > 32 ? 2 : 1;                                                                             \
-    srwm_forward_kernel<D, PARTS><<<B * H, round_up(shape.C * PARTS, 32), 0, stream>>>(shape, x, W0, state, done, y,  \
-                                                                                       new_state, qkb, d, episode);   \
-    return cudaGetLastError();                                                                                        \
-  }
-  FOR_D(D, LAUNCH)
-#undef LAUNCH
-}
-
-// Bytes of shared memory that a block of the backward kernel needs.
-int srwm_backward_shared_memory(int D, int C) {
-#define SHARED_MEMORY(D) return with_variant<D>(C, [&](auto variant) { return variant.shared_memory(C); })
-  FOR_D(D, SHARED_MEMORY)
-#undef SHARED_MEMORY
-}
-
-int srwm_backward(int T, int B, int H, int D, int Y, int bptt_length, const float* x, const float* W0, const float* state,
-                  const float* new_state, const float* qkb, const float* d, const int* episode, const float* dy,
-                  const float* dnew, float* dx, float* dW, float* dstate, cudaStream_t stream) {
-  const Shape shape = {T, B, H, Y, Y + 2 * D + 4, bptt_length};
-  auto launch = [&](auto variant) -> int {
-    const auto kernel = srwm_backward_kernel<decltype(variant)>;
-    const int bytes = variant.shared_memory(shape.C), threads = round_up(shape.C * variant.PARTS, 32);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<B * H, threads, bytes, stream>>>(shape, x, W0, state, new_state, qkb, d, episode, dy, dnew, dx, dW, dstate);
-    return cudaGetLastError();
-  };
-#define LAUNCH(D) return with_variant<D>(shape.C, launch)
-  FOR_D(D, LAUNCH)
-#undef LAUNCH
 }

@@ -235,4 +235,4 @@ def test_head_sizes_without_a_kernel_are_refused_on_a_gpu_only():
     for name in ("srwm", "delta", "sr_delta"):
         make_agent(name, hidden_size=12, num_head=2)
         with pytest.raises(ValueError, match="must be one of"):
-            load(name).Agent(load(name).Args(cuda=True, bf16=False, compile=False, hidden_size=12, num_head=2))
+            load(name).Agent(load(name).Args(cuda=True, bf16=False, hidden_size=12, num_head=2))

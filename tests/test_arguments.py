@@ -1,7 +1,6 @@
 """What is not allowed is refused with status 2 and one line that names the argument, before anything is written."""
 
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -106,6 +105,29 @@ def test_cuda_without_a_gpu_is_refused(command, refused, train):
     refused(lambda: command(evaluate, "--cuda"), "--cuda needs a GPU")
 
 
+V1 = "12:cpuset:/\n4:cpu,cpuacct:/a/b\n0::/\n"
+
+
+@pytest.mark.parametrize("group, files, expected", [
+    ("0::/\n", {"cpu.max": "400000 100000\n"}, 4),  # in a container
+    ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
+    ("0::/job/step\n", {"job/cpu.max": "150000 100000\n", "job/step/cpu.max": "800000 100000\n"}, 2),  # the lowest limit counts
+    ("0::/../job\n", {"cpu.max": "50000 100000\n"}, 1),
+    (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3),
+    (V1, {"cpu,cpuacct/a/b/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n"}, 64),
+    (V1, {}, 64),
+    (None, {}, 64),  # no Linux
+])
+def test_the_cores_of_a_container_are_those_that_it_may_use(group, files, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(script.os, "sched_getaffinity", lambda process: range(64), raising=False)
+    if group:
+        files = {f"sys/fs/cgroup/{path}": text for path, text in files.items()} | {"proc/self/cgroup": group}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert script.num_cores(root=tmp_path) == expected
+
+
 def test_the_engine_plays_every_game_of_every_mode_and_no_other():
     """In a process of its own, since the engine aborts on a game that lacks the mode."""
     program = """
@@ -133,11 +155,3 @@ def test_a_missing_system_library_is_named_with_its_debian_package(command, refu
 
     monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
     refused(lambda: command(script, "--no-cuda"), "libGL.so.1", "apt install libgl1 libglib2.0-0")
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("name", ["srwm.cu", "delta_rule.cu"])
-def test_nvcc_compiles_the_kernels(name, tmp_path):
-    options = ["-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-c", ROOT / "srwm_cuda" / name, "-o", tmp_path / "object"]
-    end = subprocess.run(["nvcc", *options], capture_output=True, text=True)
-    assert end.returncode == 0 and end.stderr == "", end.stderr

@@ -21,7 +21,7 @@ STEPS = 40  # of an update of two processes
 
 def torchrun(folder, script, *words, options=(), **keywords):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    environment = os.environ | dict(PYTHONPATH=f"{folder}:{ROOT}", OMP_NUM_THREADS="1")
     return subprocess.Popen([*launch, ROOT / script, *WORDS, *map(str, words)], cwd=folder, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
 
@@ -32,8 +32,9 @@ def checkpoint(folder):
 
 
 def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
-    """Their weights stay equal, bit for bit, and their first update is that of the mean gradient. One run folder, one log, and
-    steps are counted over both; another number of processes can go on."""
+    """Their weights are the first's and stay equal, bit for bit, and their first update is that of the mean gradient. One run
+    folder, one log, and steps are counted over both; another number of processes can go on. An update that is not finite in one
+    process is left out in both."""
     process = torchrun(tmp_path, "tests/train_and_dump.py", "--total-steps", 10 * STEPS)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
@@ -41,6 +42,13 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
     for moment in ("before", "after", "last"):
         assert all(torch.equal(first[moment][name], second[moment][name]) for name in first[moment])
     assert not torch.equal(first["batch"]["obs"], second["batch"]["obs"])
+    assert len(first["seeds"]) == 3 and not set(first["seeds"]) & set(second["seeds"])
+    torch.manual_seed(1)
+    assert torch.equal(script.Agent(script.Args(cuda=False)).layers[0].W, first["before"]["layers.0.W"])
+
+    for (weights, averages), (new_weights, new_averages) in (part["skipped"] for part in (first, second)):
+        assert all(torch.equal(weights[name], new_weights[name]) for name in weights)
+        assert all(torch.equal(averages[n]["square_avg"], new_averages[n]["square_avg"]) for n in averages)
 
     args = script.Args(cuda=False, bf16=torch_bf16(), unroll_length=5, batch_size=8)
     agent = script.Agent(args)
@@ -64,6 +72,23 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
     torch.save(saved, run / "checkpoint.pt")
     subprocess.run(alone, cwd=tmp_path, check=True, timeout=60)
     assert checkpoint(tmp_path)["step"] == 10 * STEPS + 20
+
+
+def test_parameters_that_no_process_or_only_one_uses_train_with_the_rest(tmp_path):
+    """As in an ablation: the copy of the script takes the place of the original."""
+    (tmp_path / "impala_procgen_srwm.py").write_text((ROOT / "impala_procgen_srwm.py").read_text().replace("""
+        self.encoder = Encoder(args)
+""", """
+        self.encoder, self.unused, self.used_by_one = Encoder(args), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(15))
+""").replace("""
+        return self.policy(h), """, """
+        return self.policy(h) * self.used_by_one if RANK == 1 else self.policy(h), """))
+    process = torchrun(tmp_path, "tests/train_and_dump.py", "--total-steps", 3 * STEPS)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=False)["last"] for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(first["unused"], torch.ones(3)) and not torch.equal(first["used_by_one"], torch.ones(15))
 
 
 def torch_bf16():

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import procgen
 import pytest
 import torch
 
@@ -179,7 +178,7 @@ def test_the_engine_s_threads_change_nothing(few_slots, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("greedy", [True, False])
 def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greedy):
-    args = script.Args(cuda=True, bf16=False, compile=False)
+    args = script.Args(cuda=True, bf16=False)
     agent = script.Agent(args).cuda()
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1060)]
     together = dict(zip(levels, evaluate.play(script, agent, args, levels, greedy)))
@@ -503,6 +502,7 @@ def test_a_missing_system_library_is_named_with_its_debian_package(train, score,
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(procgen, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(evaluate, "import_script", lambda name: script)
     capsys.readouterr()
     refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

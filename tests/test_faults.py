@@ -184,9 +184,36 @@ def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, comm
     assert read(run / "checkpoint.pt")["step"] == 20
 
 
-def test_an_update_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, command):
+def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matrix_for_one_that_diverged(train, monkeypatch,
+                                                                                                      capsys):
+    """Both are planted, and counted in the log."""
+    get, play, unrolls, plays = script.Actors.get, script.Actor.play, [], []
+
+    def get_third_without_end(actors):
+        unrolls.append(get(actors))
+        if len(unrolls) == 3:
+            unrolls[-1].state[0][0] = float("nan")
+        return unrolls[-1]
+
+    def play_from_far_away(actor, unroll):
+        plays.append(actor)
+        if len(plays) == 3:
+            actor.state[0][0, 0] = 1e6
+        return play(actor, unroll)
+
+    monkeypatch.setattr(script.Actors, "get", get_third_without_end)
+    monkeypatch.setattr(script.Actor, "play", play_from_far_away)
+    run = train("--total-steps", 200, "--deterministic")
+    scalars = log(run)
+    assert len(scalars["loss/total"]) == 9 and scalars["skipped_updates"][0][1] == 0
+    assert scalars["skipped_updates"][-1] == (200, 1) and scalars["states_begun_anew"][-1] == (200, 1)
+    assert " | skipped updates: 1 | states begun anew: 1" in capsys.readouterr().out
+    assert all(parameter.isfinite().all() for parameter in read(run / "checkpoint.pt")["model"].values())
+
+
+def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(train, command):
     run = train("--total-steps", 20)
-    with pytest.raises(SystemExit, match="the last checkpoint is kept: the update after step .* is not finite: .*loss/policy"):
+    with pytest.raises(SystemExit, match="the last checkpoint is kept: 50 updates in a row, .*, are not finite: .*loss/policy"):
         command(script, "--resume", run, "--total-steps", 2000, "--learning-rate", 1e9, "--save-interval", 0)
     checkpoint = read(run / "checkpoint.pt")
     assert all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
@@ -238,7 +265,7 @@ def test_a_gpu_that_is_too_small_is_explained(command):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 200e6) / total)
     try:
         with pytest.raises(SystemExit, match="lower --num-envs or --num-actors .* or --batch-size"):
-            command(script, *"--cuda --no-compile --num-actors 1 --num-envs 96 --batch-size 96".split())
+            command(script, *"--cuda --num-actors 1 --num-envs 96 --batch-size 96".split())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -47,7 +47,7 @@ WORDS = {
     "init-from": ["runs/none", "."],
     "surprise": ["1"],
 }
-SWITCHES = "--no-carry-state --carry-state --deterministic --no-compile --cuda --profile --nonsense".split()
+SWITCHES = "--no-carry-state --carry-state --deterministic --cuda --profile --nonsense".split()
 
 
 def draw(rng):

@@ -147,7 +147,7 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
 @pytest.mark.gpu
 @pytest.mark.parametrize("stem", SCRIPTS)
 def test_each_script_trains_on_the_gpu(stem, command, tmp_path):
-    words = "--cuda --no-compile --multi-env 2 --num-actors 2 --num-envs 8 --batch-size 8 --total-steps 4000".split()
+    words = "--cuda --multi-env 2 --num-actors 2 --num-envs 8 --batch-size 8 --total-steps 4000".split()
     script = importlib.import_module(stem)
     command(script, *words)
     (run,) = (tmp_path / "runs").iterdir()

@@ -1,6 +1,7 @@
 """Training on the real engine: a few updates, the log, checkpoints, resuming, signals, errors."""
 
 import gzip
+import importlib
 import json
 import os
 import re
@@ -46,7 +47,8 @@ def play(actor, unroll, unrolls=1):
     """Lets the actor play, on this thread."""
     with torch.cuda.stream(actor.stream):
         for _ in range(unrolls):
-            assert actor.play(unroll) is unroll
+            for _ in actor.play(unroll):
+                pass
 
 
 ARGS = dict(cuda=False, bf16=False, num_actors=1, num_envs=6, unroll_length=20, batch_size=4)
@@ -203,6 +205,48 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
     parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, log_rhos.exp().clamp(max=1).sum()]) / 80
     torch.testing.assert_close(statistics, parts_per_step, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, expected", [("srwm", [0, 2]), ("sr_delta", [0, 2]), ("delta", [2]), ("lstm", [2]), ("ff", [])])
+def test_states_that_are_not_finite_or_beyond_the_bound_begin_anew_and_no_others(name, expected):
+    module = importlib.import_module(f"impala_procgen_{name}")
+    agent = module.Agent(module.Args(**ARGS))
+    state = [torch.randn_like(part) for part in agent.initial_state(4)]
+    for part in state[-1:]:
+        part[0].view(-1)[-1], part[1].view(-1)[-1], part[2].view(-1)[-1] = -100.0, 99.9, float("nan")
+    before = [part.clone() for part in state]
+    assert module.begin_diverged_anew(agent, state) == len(expected)
+    for part, old in zip(state, before):
+        assert all(not part[n].any() if n in expected else torch.equal(part[n], old[n]) for n in range(4))
+
+
+@pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
+    """The next one does what it would have done without it, bit for bit."""
+    with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
+        actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda)))
+        play(actor, unroll, unrolls=2)
+        for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
+            mine.copy_(theirs)
+        weights = list(learner.agent.parameters())
+        averages = [x for state in learner.optimizer.state.values() for name, x in state.items() if name != "step"]
+        assert len(averages) == len(weights) * (2 if momentum else 1)
+        learner.update()
+        first = [x.detach().clone() for x in weights + averages]
+        learner.update()
+        second = [x.detach().clone() for x in weights + averages]
+        assert not any(torch.equal(*pair) for pair in zip(first, second))
+
+        with torch.no_grad():
+            for x, old in zip(weights + averages, first):
+                x.copy_(old)
+        learner.batch.state[1][2, 0, 0, 0] = float("inf")
+        assert not learner.update().isfinite().all()
+        assert all(torch.equal(*pair) for pair in zip(weights + averages, first))
+        learner.batch.state[1][2, 0, 0, 0] = unroll.state[1][2, 0, 0, 0]
+        learner.update()
+        assert all(torch.equal(*pair) for pair in zip(weights + averages, second))
 
 
 def test_normalized_rewards_are_divided_by_the_spread_of_the_game_s_last_hundred_returns():
@@ -445,7 +489,7 @@ def test_modes_and_options_train(words, train):
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
     with torch.cuda.stream(torch.cuda.Stream()):
-        actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True, compile=False)))
+        actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True)))
         play(actor, unroll, unrolls=3)
         for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
             mine.copy_(theirs)
@@ -466,9 +510,9 @@ def test_an_actor_waits_for_the_first_values_of_its_tensors(monkeypatch):
             torch.cuda._sleep(10**9)  # clock ticks
 
     with torch.cuda.stream(torch.cuda.Stream()):
-        parts(script.Args(**ARGS | dict(cuda=True, compile=False)))  # what it allocates is there for the next
+        parts(script.Args(**ARGS | dict(cuda=True)))  # what it allocates is there for the next
         monkeypatch.setattr(script, "Unroll", Slow)
-        actor, *_ = parts(script.Args(**ARGS | dict(cuda=True, compile=False)))
+        actor, *_ = parts(script.Args(**ARGS | dict(cuda=True)))
     torch.cuda.synchronize()
     assert actor.t.item() == 1
 
@@ -478,7 +522,7 @@ def test_a_run_on_the_gpu_can_be_resumed_there_and_on_the_cpu(command, tmp_path)
     command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 4000".split())
     (run,) = (tmp_path / "runs").iterdir()
     assert read(run)["step"] == 4000
-    command(script, "--resume", run, "--total-steps", 8000, "--no-compile")
+    command(script, "--resume", run, "--total-steps", 8000)
     assert read(run)["step"] == 8000
     command(script, "--resume", run, "--total-steps", 8400, "--no-cuda")
     assert read(run)["step"] == 8400
