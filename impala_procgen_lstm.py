@@ -895,8 +895,8 @@ def to_plain(args):
 
 # What flags of the reference and of CleanRL are called here.
 FOREIGN = {
-    "use-sr": "impala_procgen_lstm.py", "use-lstm": "impala_procgen_lstm.py", "use-delta": "impala_procgen_delta.py",
-    "use-psr": "impala_procgen_fake_sr.py", "use-smfwp": "impala_procgen_sr_delta.py", "use-no-carry-sr": "--no-carry-state",
+    **{f"use-{theirs}": f"impala_procgen_{ours}.py" for theirs, ours in dict(
+        sr="srwm", lstm="lstm", delta="delta", psr="fake_sr", smfwp="sr_delta").items()}, "use-no-carry-sr": "--no-carry-state",
     "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name", "savedir": "nothing: runs go to runs/",
     "use-wandb": "--track", "project-name": "--wandb-project-name", "write-profiler-trace": "--profile",
     "mode": "evaluate.py", "test-num-levels": "evaluate.py --num-levels", "test-start-level": "evaluate.py --start-level",

@@ -116,6 +116,7 @@ def test_one_script_and_evaluate_are_enough(train, tmp_path):
     run = train("--total-steps", 20, script=importlib.import_module("impala_procgen_lstm"))
     for name in ("impala_procgen_lstm.py", "evaluate.py", "tables.py", "pictures.py"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "srwm_cuda").symlink_to(ROOT / "srwm_cuda")
     words = [sys.executable, "evaluate.py", run, "--num-levels", "1", "--no-cuda"]
     end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert end.returncode == 0 and "lstm" in end.stdout, end.stderr
