@@ -4,15 +4,21 @@
     python evaluate.py --start-level 1000                 newest checkpoint under runs/, levels 1000 to 1199
     python evaluate.py runs/A --video out.mp4             the agent playing all its games; also --plot out.png, --probe out.png
 
-The agent is that of the script which the checkpoint names: any impala_procgen_*.py, or your own copy beside this file.
+Agent, environments and normalisation are those of the script which the checkpoint names: any impala_procgen_*.py, or your
+own copy beside this file.
 The paper's splits have 200 levels each: the training levels, and tests that start at 1000, 1200 and 1400.
 
 To be read from top to bottom: arguments, runs, playing, main. Statistics and tables are in tables.py, pictures in pictures.py.
 """
 
+import contextlib
 import functools
+import hashlib
 import importlib.util
+import io
 import json
+import os
+import shutil
 import sys
 import threading
 import time
@@ -25,21 +31,6 @@ import numpy as np
 import torch
 import tyro
 
-from impala_procgen_srwm import (
-    EXPLORATION_LEVEL_SEEDS,
-    RETURN_RANGE,
-    ProcgenGym3Env,
-    capture,
-    check_games,
-    check_numbers,
-    command_line,
-    keep_freed_memory,
-    load_checkpoint,
-    load_weights,
-    make_envs,
-    num_cores,
-    synchronize,
-)
 from tables import FORMATS, summarize, tabulate
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
@@ -59,9 +50,9 @@ class Args:
     start_level: int = 0
     """first level, if --splits names none"""
     num_levels: int = 200
-    """levels in a split, each played once per game (exploration has one fixed level)"""
+    """levels in a split, each played once per game"""
     distribution_mode: str | None = None
-    """easy, hard, extreme, memory or exploration (None: the run's own)"""
+    """easy, hard, extreme or memory (None: the run's own)"""
     env: tuple[str, ...] = ()
     """games to play (none: the run's own)"""
     greedy: bool = True
@@ -82,12 +73,25 @@ class Args:
     """instead of scoring, draw what the self-referential matrices do in one episode: out.png"""
 
 
+def command_line():
+    """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            return tyro.cli(Args, description=__doc__)
+        except SystemExit as end:
+            if end.code:
+                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # less the title and the last rule
+                raise ValueError(" ".join(" ".join(line for line in lines if line.strip("─-")).split())) from None
+            raise
+
+
 Split = namedtuple("Split", "first count column")  # column of the tables: train, test, or mixed if it has levels of both kinds
 
 
 @dataclass
 class Run:
     path: Path
+    script: object  # the module
     checkpoint: dict
     trained: object  # its script's arguments, complete
     args: object  # the same with the distribution mode to play
@@ -100,41 +104,56 @@ class Run:
     model: str = ""
 
 
+def script_of(path):
+    """The name of the script whose checkpoint this is. ValueError if it is none; the script itself looks closer at it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own for a damaged file
+        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("script"), str):
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    return checkpoint["script"]
+
+
 def import_script(name):
     """The training script `name` beside this file, as a module. ValueError if there is none of that name."""
     path = Path(__file__).parent / name
     if Path(name).name != name or path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}")
+        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}; the run's "
+                         "folder has a copy that you can put there")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"the checkpoint's script, {name}, cannot be imported: {error}") from None
     if not hasattr(module, "Agent"):
         raise ValueError(f"the checkpoint's script, {name}, has no Agent")
     return module
 
 
-def choose_splits(args, mode, games, trained, trained_games):
-    """The splits that the arguments ask for. Which column of the tables they are for depends on what the run has seen."""
-    begin, end = trained.start_level, trained.start_level + (trained.num_levels or 2**31)
-    if mode == "exploration":
-        if args.splits:
-            raise ValueError("--splits does not go with the distribution mode exploration, which has one fixed level")
-        begin, end, first_and_count = 0, 1, [(0, 1)]
-    else:
-        words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
-        if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:
-            raise ValueError(f"--splits must be train, test, paper or first levels, got {wrong[0]}")
-        first_and_count = [(begin, min(args.num_levels, end - begin)) if word == "train" else (int(word), args.num_levels)
-                           for word in words]
+def choose_splits(args, mode, games, script, history):
+    """The splits that the arguments ask for. Which column of the tables they are for depends on what the run has seen: history
+    is a list of arguments and games, its own and then those of the runs with whose weights it began."""
+    trained, _ = history[0]
+    words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
+    if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:
+        runs_first = " (runs come first: evaluate.py RUNS --splits ...)" if Path(wrong[0]).exists() else ""
+        raise ValueError(f"--splits must be train, test, paper or first levels, got {wrong[0]}{runs_first}")
+    own = (trained.start_level, min(args.num_levels, trained.num_levels or 2**31))
     splits, last = [], None
-    for first, count in sorted(set(first_and_count)):
+    for first, count in sorted({own if word == "train" else (int(word), args.num_levels) for word in words}):
         if last is not None and first <= last:
             raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two of them")
         last = first + count - 1
-        known = mode == trained.distribution_mode and begin < first + count and first < end and set(games) & set(trained_games)
-        inside = known and begin <= first and first + count <= end and set(games) <= set(trained_games)
-        splits.append(Split(first, count, "train" if inside else "mixed" if known else "test"))
-        check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
+        script.check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
+        column = "test"
+        for seen, seen_games in history:
+            begin, end = seen.start_level, seen.start_level + (seen.num_levels or 2**31)
+            if mode == seen.distribution_mode and begin <= last and first < end and set(games) & set(seen_games):
+                all_of_them = begin <= first and last < end and set(games) <= set(seen_games)
+                column = "train" if all_of_them or column == "train" else "mixed"
+        splits.append(Split(first, count, column))
     return splits
 
 
@@ -144,24 +163,31 @@ def load_run(path, args):
     if not path.is_file():
         raise ValueError(f"{'--checkpoint' if args.checkpoint else 'runs'} must be folders with a checkpoint.pt, or checkpoint "
                          f"files; {path}: no such file")
-    checkpoint = load_checkpoint(path, script=None)
-    script = import_script(checkpoint["script"])
-    known = {field.name for field in fields(script.Args)}
-    saved = {name: value for name, value in checkpoint["args"].items() if name in known}
+    script = import_script(script_of(path))
+    checkpoint = script.load_checkpoint(path, None)
+    if checkpoint.get("sha256") not in (None, hashlib.sha256(script.SOURCE.encode()).hexdigest()):
+        print(f"note: {checkpoint['script']} has changed since it trained {path}, whose folder has a copy of it as it was",
+              file=sys.stderr)
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)  # for this machine
-    trained, trained_games = script.complete(script.Args(**saved | here))
+    known = {field.name for field in fields(script.Args)}
+    history = [script.complete(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
+               for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
+    trained, trained_games = history[0]
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
     if len(set(games)) < len(games):
         raise ValueError(f"--env must name each game once, got {' '.join(games)}")
-    splits = choose_splits(args, mode, games, trained, trained_games)
+    splits = choose_splits(args, mode, games, script, history)
     agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
-    load_weights(agent, checkpoint)
-    managing = {"exp_name", "seed", "track", "profile", "env", "multi_env", *here}
+    script.load_weights(agent, checkpoint)
+    managing = {"exp_name", "seed", "track", "profile", "env", "multi_env", "init_from", *here}
     shared = {name: value for name, value in vars(trained).items()
               if name not in managing and not name.startswith(("wandb_", "log_", "save_", "valid_"))}
-    key = dict(script=checkpoint["script"], file=path.name, games=" ".join(trained_games), bf16=saved.get("bf16")) | shared
-    return Run(path, checkpoint, trained, replace(trained, distribution_mode=mode), games, agent, splits, args.greedy, key)
+    begun_with = [Path(before["exp_name"]).name for before in checkpoint.get("before", ())]
+    key = dict(script=checkpoint["script"], file=path.name, games=" ".join(trained_games), bf16=checkpoint["args"].get("bf16"),
+               init_from=" ".join(begun_with) or None, code=checkpoint.get("sha256", "")[:8]) | shared
+    return Run(path, script, checkpoint, trained, replace(trained, distribution_mode=mode), games, agent, splits, args.greedy,
+               key)
 
 
 def name_models(runs):
@@ -180,9 +206,10 @@ def name_models(runs):
 
 def prepare(args):
     """The runs to play. Raises ValueError for whatever is not allowed, before any work is done."""
-    check_numbers(args)
-    if args.num_levels < 1:
-        raise ValueError("--num-levels must be positive, got 0")
+    for name, least in (("start_level", 0), ("seed", 0), ("num_levels", 1)):
+        if not least <= (value := getattr(args, name)) < 2**31:
+            allowed = "positive" if least else "at least 0"
+            raise ValueError(f"--{name.replace('_', '-')} must be {allowed} and less than {2**31}, got {value}")
     if args.splits == ():
         raise ValueError("--splits must be train, test, paper or first levels, got none")
     if args.splits and args.start_level:
@@ -201,6 +228,10 @@ def prepare(args):
         raise ValueError("runs or --checkpoint is missing, and there is no checkpoint under runs/")
     if len(paths) > 1 and (args.video or args.probe):
         raise ValueError(f"--{'video' if args.video else 'probe'} shows a single run, got {len(paths)}")
+    if empty := [path for path in paths if path.is_dir() and not (path / "checkpoint.pt").is_file()]:
+        if len(empty) < len(paths):  # as in runs/*, where one has just begun
+            print(f"note: left out, there is no checkpoint.pt in {', '.join(map(str, empty))}", file=sys.stderr)
+            paths = [path for path in paths if path not in empty]
     runs = [load_run(path, args) for path in paths]
     for run in runs:
         if sum(run.path.samefile(other.path) for other in runs) > 1:
@@ -210,22 +241,16 @@ def prepare(args):
             raise ValueError(f"runs must have the same games and distribution mode, or --env and --distribution-mode must say "
                              f"which to compare; {first}; {mine}")
     first = runs[0]
-    make_envs(first.args, first.games, len(first.games), seed=0)  # whatever ails the engine shows here
+    first.script.make_envs(first.args, first.games, len(first.games), seed=0)  # whatever ails the engine shows here
     if args.probe:
         pictures.check_probe(first)
     name_models(runs)
     return runs
 
 
-def make_level(args, game, level, num=1, **options):
-    """`num` environments that start at this level of the game, and know no other; the caller steps them."""
-    mode = args.distribution_mode
-    if mode == "exploration":  # by which procgen means one level of the mode hard
-        mode, level = "hard", EXPLORATION_LEVEL_SEEDS[game]
-    options = dict(num_threads=0) | options | dict(distribution_mode=mode, start_level=level, num_levels=1)
-    envs = ProcgenGym3Env(num, game, rand_seed=0, **options)
-    envs._reuse_arrays = True  # as in make_envs
-    return envs
+def make_level(script, args, game, level, num=1, **options):
+    """`num` of the script's environments that start at this level of the game, and know no other; the caller steps them."""
+    return script.make_envs(replace(args, start_level=level, num_levels=1), [game], num, seed=0, **options)
 
 
 class Policy:
@@ -235,8 +260,8 @@ class Policy:
     but in batches of one size no row depends on the others: an episode is the same in whatever company it is played.
     """
 
-    def __init__(self, agent, args, greedy, seed, graph=True):
-        self.agent, self.args, self.greedy, self.seed = agent, args, greedy, seed
+    def __init__(self, script, agent, args, greedy, seed, graph=True):
+        self.script, self.agent, self.args, self.greedy, self.seed = script, agent, args, greedy, seed
         self.device = next(agent.parameters(), torch.zeros(())).device
         cuda, B = self.device.type == "cuda", SLOTS[self.device.type]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
@@ -251,13 +276,13 @@ class Policy:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.forward()
-            self.forward = capture(self.forward, self.stream)
+            self.forward = script.capture(self.forward, self.stream)
 
     def begin_episode(self, slot, game, level):
         """What is random in an episode depends on its game and level alone."""
         self.step[slot] = self.reward[slot] = 0
         if not self.greedy:
-            generator = np.random.default_rng([self.seed, list(RETURN_RANGE).index(game), level])
+            generator = np.random.default_rng([self.seed, list(self.script.RETURN_RANGE).index(game), level])
             self.random[slot] = generator.random(self.random.shape[1], dtype=np.float32)
 
     @torch.no_grad()
@@ -281,7 +306,7 @@ class Policy:
         for mine, theirs in zip(self.inputs, self.host):
             mine.copy_(theirs, non_blocking=True)
         self.action.copy_(self.forward(), non_blocking=True)
-        synchronize()
+        self.script.synchronize()
         return self.action.numpy()
 
 
@@ -300,17 +325,20 @@ class Vector:
             if not self.todo[self.game]:
                 return False
             threads = ENGINE_THREADS[self.policy.device.type]
-            self.envs = make_level(self.policy.args, self.game, level=0, num=len(free), num_threads=threads)
+            self.envs = self.make(level=0, num=len(free), num_threads=threads)
         for n in free:
             try:
                 self.playing[n], level = self.todo[self.game].popleft()
             except IndexError:  # other threads take from it too
                 break
-            state = make_level(self.policy.args, self.game, level).get_state()[0]
+            state = self.make(level).get_state()[0]
             self.envs.call_c_func("set_state", n, state, len(state))
             self.policy.begin_episode(self.slots.start + n, self.game, level)
         self.policy.frames[self.slots] = self.envs.observe()[1]["rgb"]
         return (self.playing >= 0).any()
+
+    def make(self, level, **options):
+        return make_level(self.policy.script, self.policy.args, self.game, level, **options)
 
     def act(self, actions):
         self.envs.act(actions[self.slots])
@@ -344,14 +372,14 @@ def play_slots(policy, todo, returns, progress, stop):
                 break
 
 
-def play(agent, args, levels, greedy=True, seed=1, name="playing"):
+def play(script, agent, args, levels, greedy=True, seed=1, name="playing"):
     """Plays one episode of each (game, level) of a list. Returns their returns, in its order."""
     returns, todo = np.zeros(len(levels)), {game: deque() for game, _ in levels}
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
     device = next(agent.parameters(), torch.zeros(())).device.type
-    most = max(1, num_cores() // (2 if device == "cuda" else 1))  # Python's threads share a lock: few, with much to do
-    policies = [Policy(agent, args, greedy, seed) for _ in range(min(most, len(todo) + len(levels) // SLOTS[device]))]
+    most = max(1, script.num_cores() // (2 if device == "cuda" else 1))  # Python's threads share a lock: few, with much to do
+    policies = [Policy(script, agent, args, greedy, seed) for _ in range(min(most, len(todo) + len(levels) // SLOTS[device]))]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
     with ThreadPoolExecutor(len(policies)) as pool:
         try:
@@ -373,17 +401,20 @@ def follow(players, progress, total, name):
         if left or terminal:
             line = (f"{name}: {sums['episodes']:,} of {total:,} episodes, {sums['steps'] / seconds:,.0f} steps/s, "
                     f"{seconds:.0f} s")
-            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and left else "\n", file=sys.stderr, flush=True)
+            width = max(1, shutil.get_terminal_size().columns - 1)
+            with contextlib.suppress(OSError):
+                print("\r" + line[:width].ljust(width) if terminal else line, end="" if terminal and left else "\n",
+                      file=sys.stderr, flush=True)
 
 
 def score(run, args):
     """Plays all splits of a run's games, and writes a JSON file for each split beside the checkpoint."""
     levels = [(game, split.first + n) for split in run.splits for game in run.games for n in range(split.count)]
-    returns, written = play(run.agent, run.args, levels, args.greedy, args.seed, str(run.path)), []
+    returns, written = play(run.script, run.agent, run.args, levels, args.greedy, args.seed, str(run.path)), []
     for split in run.splits:
         mode, size = run.args.distribution_mode, len(run.games) * split.count
         run.returns[split], returns = returns[:size].reshape(len(run.games), -1), returns[size:]
-        results = summarize(dict(zip(run.games, run.returns[split].tolist())), mode)
+        results = summarize(dict(zip(run.games, run.returns[split].tolist())), mode, run.script.RETURN_RANGE)
         results |= dict(run=run.path.resolve().parent.name, script=run.checkpoint["script"], seed=run.trained.seed,
                         step=run.checkpoint["step"], distribution_mode=mode, start_level=split.first, num_levels=split.count,
                         greedy=args.greedy, action_seed=args.seed, bf16=run.trained.bf16)
@@ -395,22 +426,46 @@ def score(run, args):
             written.append(path)
         except OSError as error:
             print(f"not written: {error}", file=sys.stderr)
-    print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
+    if written:
+        print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
+
+
+def open_streams():
+    """Lets closed standard streams lead nowhere; what the terminal's character set lacks is printed as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
+
+
+def show(text):
+    """Prints the tables, if there is still somebody who reads them. A full disk ends the program."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of it once more at its end
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"{Path(__file__).name}: the tables could not be printed: {error}")
 
 
 def main():
-    keep_freed_memory()
+    open_streams()
     try:
         try:
-            args = command_line(Args(), __doc__)
+            args = command_line()
             runs = prepare(args)
-        except ValueError as error:
+            runs[0].script.keep_freed_memory()
+        except BrokenPipeError:  # of --help | head
+            os._exit(0)
+        except (ValueError, OSError) as error:
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         if args.plot or args.video or args.probe:
             import pictures  # with libraries that nothing else needs
 
-            make_policy = functools.partial(Policy, runs[0].agent, runs[0].args, args.greedy, args.seed)
+            make_policy = functools.partial(Policy, runs[0].script, runs[0].agent, runs[0].args, args.greedy, args.seed)
         if args.video:
             pictures.film(runs[0], make_policy(), make_level, args.video)
         if args.probe:
@@ -419,11 +474,13 @@ def main():
             for run in runs:
                 score(run, args)
             rows = tabulate(runs)
-            print(FORMATS[args.format](runs, rows))
+            show(FORMATS[args.format](runs, rows))
         if args.plot:
             pictures.plot(runs, rows, args.plot)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of a disk that became full under a picture
+        sys.exit(f"{Path(__file__).name}: stopped: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; --no-cuda needs none: {str(error).splitlines()[0]}")
 

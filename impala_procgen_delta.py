@@ -16,11 +16,13 @@ Expect about 100,000 steps a second on one H100 with 16 cores, and 900 on two CP
 import contextlib
 import copy
 import ctypes
+import hashlib
 import io
 import math
 import os
 import queue
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -51,10 +53,9 @@ if sys.version_info < (3, 13):
 
     gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
     from procgen import ProcgenGym3Env
-    from procgen.env import EXPLORATION_LEVEL_SEEDS
 else:  # for which there is no procgen, but its engine, unchanged, in another package
     import procgen_gym
-    from procgen_gym.env import DISTRIBUTION_MODE_DICT, EXPLORATION_LEVEL_SEEDS
+    from procgen_gym.env import DISTRIBUTION_MODE_DICT
     from procgen_gym.libenv import CLibenv
 
     class ProcgenGym3Env(CLibenv):
@@ -62,10 +63,9 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
 
         def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
             data = Path(procgen_gym.__file__).parent / "data"
-            options |= dict(env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
-                            render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/",
-                            center_agent=True, use_backgrounds=True)
-            super().__init__(str(data / "prebuilt"), num, options)
+            needed = dict(env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
+                          render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/")
+            super().__init__(str(data / "prebuilt"), num, dict(center_agent=True, use_backgrounds=True) | options | needed)
 
         def observe(self):
             self.call_c_func("libenv_observe")
@@ -98,12 +98,12 @@ GAMES = {  # by distribution mode
     "hard": list(RETURN_RANGE),
     "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
     "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"],
-    "exploration": [game for game in RETURN_RANGE if game in EXPLORATION_LEVEL_SEEDS],
 }
 NUM_ACTIONS = 15
 RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
     int(os.environ.get(name, default)) for name, default in
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
 STUCK_AFTER = 60  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
@@ -145,9 +145,9 @@ class TrainingArgs:
     env: str | None = None
     """train on this game alone"""
     distribution_mode: str = "easy"
-    """easy, hard, extreme, memory or exploration; each has its own list of games"""
+    """easy, hard, extreme or memory; each has its own list of games"""
     num_levels: int = 200
-    """levels of each game to train on; 0: all (exploration has one fixed level)"""
+    """levels of each game to train on; 0: all"""
     start_level: int = 0
     """the first of these levels"""
     num_actors: int | None = None
@@ -342,19 +342,14 @@ def num_cores(root="/"):
     return max(1, cores // NUM_PROCESSES_HERE)
 
 
-def make_envs(args, games, num, seed, num_threads=0):
-    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
-    exploration = args.distribution_mode == "exploration"  # by which procgen means one level of the mode hard for each game
-    levels = dict(num_levels=args.num_levels, start_level=args.start_level)
-    options = dict(distribution_mode="hard" if exploration else args.distribution_mode, rand_seed=seed % 2**31)
+def make_envs(args, games, num, seed, num_threads=0, **options):
+    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them. The options
+    are the engine's. evaluate.py makes its environments with this function too."""
+    options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels, start_level=args.start_level)
     try:
-        envs = ProcgenGym3Env(num, ",".join(games), num_threads=num_threads, **levels, **options)
+        envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
     except OSError as error:  # the dynamic linker's
         raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
-    for n in range(num * exploration):  # an engine has the same levels for all its games, but a state holds its own
-        level = dict(num_levels=1, start_level=EXPLORATION_LEVEL_SEEDS[games[n % len(games)]])
-        (state,) = ProcgenGym3Env(1, games[n % len(games)], num_threads=0, **level, **options).get_state()
-        envs.call_c_func("set_state", n, state, len(state))
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
     return envs
 
@@ -801,16 +796,37 @@ def average(tensors):
         tensor.copy_(mean.view(tensor.shape))
 
 
-def say(text, file=None):
-    """Prints a line. Where it cannot go (a broken pipe, a full disk, a print that a signal interrupted), there is none."""
-    with contextlib.suppress(OSError, RuntimeError):
-        print(text, file=file or sys.stdout, flush=True)
+def open_streams():
+    """Lets closed standard streams lead nowhere; what the terminal's character set lacks is printed as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
 
 
-def save_checkpoint(path, given, learner, episodes, step, best=None):
+def say(text, file=None, passing=False):
+    """Prints a line; on a terminal, the next one that is passing too takes its place. Where it cannot go (a broken pipe, a full
+    disk, a print that a signal interrupted), there is none."""
+    file = file or sys.stdout
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        if passing and file.isatty():
+            width = max(1, shutil.get_terminal_size().columns - 1)
+            print("\r" + text[:width].ljust(width), end="", file=file, flush=True)
+            say.passing = True
+        else:
+            print("\n" * say.passing + text, file=file, flush=True)
+            say.passing = False
+
+
+say.passing = False  # whether the terminal's last line is such a one
+
+
+def save_checkpoint(path, given, learner, episodes, step, best=None, before=()):
     """Writes to a temporary file first: whatever happens, `path` is a whole checkpoint. Returns whether it could be written."""
-    checkpoint = dict(script=Path(__file__).name, args=to_plain(given), step=step, model=learner.agent.state_dict(),
-                      optimizer=learner.optimizer.state_dict(), episodes=episodes.saved(), best=best)
+    checkpoint = dict(script=Path(__file__).name, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), args=to_plain(given),
+                      before=before, step=step, model=learner.agent.state_dict(), optimizer=learner.optimizer.state_dict(),
+                      episodes=episodes.saved(), best=best)
     try:
         with open(path.with_suffix(".tmp"), "wb") as file:
             torch.save(checkpoint, file)
@@ -911,11 +927,14 @@ class Logger:
         returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in diverged.items() if count)
-        say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}")
+        say(f"step {step:,} of {self.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
         self.start(step)
         return valid[valid_mean] if valid_mean and validators.episodes.full() else None
 
     def close(self):
+        if say.passing:
+            say.passing = False
+            say("")
         with contextlib.suppress(OSError):
             self.writer.close()
         if self.wandb:
@@ -927,14 +946,41 @@ def to_plain(args):
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+# What flags of the reference and of CleanRL are called here.
+FOREIGN = {
+    **{f"use-{theirs}": f"impala_procgen_{ours}.py" for theirs, ours in dict(
+        sr="srwm", lstm="lstm", delta="delta", psr="fake_sr", smfwp="sr_delta").items()}, "use-no-carry-sr": "--no-carry-state",
+    "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name", "savedir": "nothing: runs go to runs/",
+    "use-wandb": "--track", "project-name": "--wandb-project-name", "write-profiler-trace": "--profile",
+    "mode": "evaluate.py", "test-num-levels": "evaluate.py --num-levels", "test-start-level": "evaluate.py --start-level",
+    "test-distribution-mode": "evaluate.py --distribution-mode", "num-servers": "--num-actors and --num-envs",
+    **dict.fromkeys(("single-gpu", "pipes-basename", "num-learner-threads", "num-inference-threads", "num-actions",
+                     "disable-validation"), "nothing: not needed"),
+    "env-id": "--env", "total-timesteps": "--total-steps", "num-steps": "--unroll-length", "gamma": "--discounting",
+    "ent-coef": "--entropy-cost", "vf-coef": "--baseline-cost", "max-grad-norm": "--grad-norm-clipping",
+    "torch-deterministic": "--deterministic", "capture-video": "evaluate.py --video",
+    "anneal-lr": "nothing: the learning rate always falls", "no-anneal-lr": "nothing: the learning rate always falls",
+}
+
+
 def command_line(default, description):
     """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
+    words = sys.argv[1:]
+    for i, word in enumerate(words):
+        name = word.split("=")[0].lstrip("-").replace("_", "-")
+        if word.startswith("--") and name in FOREIGN:
+            raise ValueError(f"{word.split('=')[0]} is {FOREIGN[name]} here")
+        if game := re.fullmatch(r"(?:--env=)?(?:procgen:)?procgen-(\w+)-v0", word):
+            raise ValueError(f"--env {game[0].removeprefix('--env=')} is --env {game[1]} here")
+        if i and words[i - 1].replace("_", "-") == "--total-steps" and re.fullmatch(r"[\d.]+e\d+", word.lower()):
+            words[i] = f"{float(word):.0f}"
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
-            return tyro.cli(type(default), default=default, description=description)
+            return tyro.cli(type(default), default=default, description=description, args=words)
         except SystemExit as end:
             if end.code:
-                raise ValueError(" ".join(re.sub("[╭╮╰╯│─]", " ", box.getvalue()).split())) from None
+                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # less the title and the last rule
+                raise ValueError(" ".join(" ".join(line for line in lines if line.strip("─-")).split())) from None
             raise
 
 
@@ -1043,7 +1089,8 @@ def parse_args(launch):
         checkpoint = load_checkpoint(find_checkpoint(given.init_from), None)
         model = {name: value for name, value in vars(saved_args(checkpoint)).items() if name not in vars(TrainingArgs())}
         given = command_line(Args(**model), __doc__)
-        checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None)
+        before = [checkpoint["args"], *checkpoint.get("before", ())]  # what the weights have learned from
+        checkpoint = dict(step=0, model=checkpoint["model"], optimizer=None, episodes=None, before=before)
     given.resume = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
     if given.resume is not None:
         path = find_checkpoint(given.resume)
@@ -1079,9 +1126,10 @@ def check_numbers(args):
                  "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            if not (value > 0 or value == 0 and name in from_zero) or value >= 2**31:
-                least = "at least 0" if name in from_zero else "positive"
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} and less than {2**31}, got {value}")
+            least = "at least 0" if name in from_zero else "positive"
+            most = 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
+            if not (value > 0 or value == 0 and name in from_zero) or value >= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and less than {most}, got {value}")
             if value > 1 and name in ("discounting", "alpha", "momentum"):
                 raise ValueError(f"--{name} must be at most 1, got {value}")
 
@@ -1171,8 +1219,9 @@ def make_profiler(run):
 
 
 def answer_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    """Lets SIGINT and SIGTERM call it, or does nothing in a thread, which may not. Returns who answered them before."""
+    if threading.current_thread() is threading.main_thread():
+        return [signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def stop_at_signals(*events):
@@ -1181,7 +1230,7 @@ def stop_at_signals(*events):
         answer_signals(signal.SIG_IGN)
         for event in events:
             event.set()
-        say(f"\n{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
+        say(f"{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
         time.sleep(0.1)  # one wish may come as two signals: to the process, and to its group
         answer_signals(signal.SIG_DFL)
 
@@ -1201,7 +1250,19 @@ def make_run(args):
             run = run.with_name(run.name + "+")  # of a run that began in the same second as another
     if RANK == 0:
         lock(run)
+        keep_script(run)
     return run
+
+
+def keep_script(run):
+    """Keeps a copy of this script in the run's folder; after a change, of the newest that trained there."""
+    copy = run / Path(__file__).name
+    try:
+        if copy.is_file() and copy.read_text(encoding="utf-8") != SOURCE:
+            say(f"{Path(__file__).name} has changed since it trained {run}; the run goes on with it as it is now")
+        copy.write_text(SOURCE, encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        say(f"{copy} could not be written: {error}", sys.stderr)
 
 
 def best_return(run):
@@ -1252,7 +1313,8 @@ def train(given, args, games, agent, checkpoint, run, launch):
     stop_at_signals(stop, *([actors.stop] if NUM_PROCESSES == 1 else []))  # several agree on the update after which they stop
 
     def save(name, best=None):
-        return save_checkpoint(run / name, given, learner, episodes, step, best)
+        before = checkpoint.get("before", ()) if checkpoint else ()
+        return save_checkpoint(run / name, given, learner, episodes, step, best, list(before))
 
     def log():
         nonlocal best, lost_best
@@ -1323,7 +1385,8 @@ def main():
         say("stopped before training began: there is nothing to save")
         os._exit(0)
 
-    answer_signals(leave)
+    open_streams()
+    answered = answer_signals(leave)
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
@@ -1336,6 +1399,8 @@ def main():
             args, games = complete(given)
             make_envs(args, games, len(games), args.seed)  # whatever ails the engine shows here
             agent, run = make_agent(args, checkpoint), make_run(args)
+        except BrokenPipeError:  # of --help | head
+            os._exit(0)
         except (ValueError, OSError) as error:  # only from here: in training it would be a mistake in the program
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -1347,9 +1412,11 @@ def main():
             raise
         sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
                  f"--batch-size (learner): {str(error).splitlines()[0]}")
-    finally:
+    finally:  # for who called this from a program of their own, or a notebook
         while locks:
             locks.popitem()[1].close()
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), answered or ()):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ def check(args):
                 raise ValueError(f"--{name} needs matplotlib: pip install matplotlib")
             if target.suffix == ".mp4" and find_ffmpeg() is None:
                 raise ValueError(f"--{name} needs the program ffmpeg for .mp4; it writes .gif without")
+            existed = target.exists()
+            try:
+                open(target, "ab").close()
+            except OSError as error:
+                raise ValueError(f"--{name} must be a file that can be written, got {target}: {error.strerror}") from None
+            if not existed:
+                target.unlink()
 
 
 def find_ffmpeg():
@@ -52,7 +59,7 @@ class Game:
 
     def __init__(self, name, split, policy, slot, make_level, **options):
         self.name, self.split, self.policy, self.slot, self.number = name, split, policy, slot, -1
-        self.make = lambda level: make_level(policy.args, name, level, **options)
+        self.make = lambda level: make_level(policy.script, policy.args, name, level, **options)
         self.begin()
 
     def begin(self):

@@ -11,20 +11,20 @@ import json
 
 import numpy as np
 
-from impala_procgen_srwm import RETURN_RANGE
-
 DRAWS = 10_000  # bootstrap samples
+PIECE = 2**20  # numbers that are drawn at a time: memory is bounded
 COLUMNS = ("train", "test", "mixed", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
 
 
-def summarize(returns, distribution_mode):
-    """Statistics of a split's returns {game: [one of each level]}, as they go into its JSON file."""
+def summarize(returns, distribution_mode, return_range):
+    """Statistics of a split's returns {game: [one of each level]}, as they go into its JSON file. return_range is that of the
+    script: {game: {distribution mode: (low, high)}}."""
     games = {}
     for game, values in returns.items():
         mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        low, high = RETURN_RANGE[game].get(distribution_mode, (None, None))
+        low, high = return_range[game].get(distribution_mode, (None, None))
         normalized = None if low is None else (mean - low) / (high - low)
         games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, returns=values)
     mean = {key: np.mean([row[key] for row in games.values()]) for key in ("mean_return", "normalized")
@@ -48,11 +48,22 @@ def bootstrap(scores, draws=DRAWS):
         for column, splits in game.items():
             total = 0.0
             for x in splits:
-                levels = rng.integers(x.shape[1], size=(draws, x.shape[1]))
-                sampled = np.stack([row[levels].mean(-1) for row in x], axis=-1)  # (draws, seeds)
+                sampled = np.concatenate([sample_levels(x, count, rng) for count in pieces(draws, x.shape[1])])
                 total = total + np.take_along_axis(np.concatenate([x.mean(-1)[None], sampled]), chosen, axis=1)
             means[column].append(total / len(splits))
     return {column: np.stack(games, axis=-1) for column, games in means.items()}
+
+
+def pieces(draws, size):
+    """Parts of so many draws, of which none has more than a PIECE of numbers in samples of that size."""
+    most = max(1, PIECE // size)
+    return [min(most, draws - done) for done in range(0, draws, most)]
+
+
+def sample_levels(x, draws, rng):
+    """Means of each row of x, (seeds, levels), over levels drawn with replacement, the same for all rows: (draws, seeds)."""
+    levels = rng.integers(x.shape[1], size=(draws, x.shape[1]))
+    return np.stack([row[levels].mean(-1) for row in x], axis=-1)
 
 
 def mean(x):
@@ -78,11 +89,11 @@ def estimates(samples, statistic):
         yield dict(split=column, value=float(value), std=std, low=float(low), high=float(high))
 
 
-def entries(model, games, scores, distribution_mode):
+def entries(model, games, scores, distribution_mode, return_range):
     """The tables' entries for one model, dictionaries: for each game its return and its normalized return, and for all
     games the mean and the interquartile mean of the normalized (in modes without range: of the returns) of all seeds."""
     samples = {"return": bootstrap(scores)}
-    ranges = [RETURN_RANGE[game].get(distribution_mode) for game in games]
+    ranges = [return_range[game].get(distribution_mode) for game in games]
     if None not in ranges:
         low, high = np.array(ranges, dtype=float).T
         samples["normalized"] = {column: (x - low) / (high - low) for column, x in samples["return"].items()}
@@ -106,7 +117,7 @@ def tabulate(runs):
                 game.setdefault(split.column, []).append(np.stack([run.returns[split][i] for run in group]))
         mode, steps = first.args.distribution_mode, " ".join(str(run.checkpoint["step"]) for run in group)
         about = dict(steps=steps, distribution_mode=mode, levels=levels(first), greedy=first.greedy, bf16=first.trained.bf16)
-        rows += [row | about for row in entries(model, first.games, scores, mode)]
+        rows += [row | about for row in entries(model, first.games, scores, mode, first.script.RETURN_RANGE)]
     return rows
 
 

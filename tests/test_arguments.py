@@ -1,7 +1,9 @@
 """What is not allowed is refused with status 2 and one line that names the argument, before anything is written."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("words, expected", [
     ("--env pong", "--env must be one of bigfish,"),
     ("--env bigfish --distribution-mode memory", "--env must be one of dodgeball,"),
-    ("--env bigfish --distribution-mode exploration", "--env must be one of maze,"),
+    ("--distribution-mode exploration", "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
     ("--env maze --distribution-mode extreme", "--env must be one of leaper,"),
     ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
-    ("--distribution-mode impossible", "--distribution-mode must be one of easy, hard, extreme, memory, exploration"),
+    ("--distribution-mode impossible", "--distribution-mode must be one of easy, hard, extreme, memory"),
     ("--multi-env 17", "--multi-env must be at most 16"),
     ("--multi-env 7 --distribution-mode memory", "--multi-env must be at most 6"),
     ("--multi-env 0", "--multi-env must be positive"),
@@ -56,6 +58,44 @@ ROOT = Path(__file__).parent.parent
 def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
     refused(lambda: command(script, "--no-cuda", *words.split()), "impala_procgen_srwm.py: error: ", expected)
     assert list(tmp_path.iterdir()) == []
+
+
+def other_flags():
+    """Of the README's tables: flags that are not ours, with what stands for them here."""
+    text = (ROOT / "README.md").read_text().split("## From other flags to ours")[1].split("\n## ")[0]
+    ours = {field.name for field in fields(script.Args)}
+    for left, right in re.findall(r"^\| (.*) \| (.*) \|$", text, re.MULTILINE):
+        for name in re.findall(r"`--([\w-]+)", left):
+            if name.replace("-", "_") not in ours:
+                yield name, right
+
+
+@pytest.mark.parametrize("name, right", list(other_flags()))
+def test_flags_of_others_are_answered_with_ours(name, right, command, refused):
+    error = refused(lambda: command(script, f"--{name}", 3), f"error: --{name} is ")
+    answer = error.split(" is ")[1].split(" here")[0]
+    words = re.findall(r"[a-z_]+\.py|--[a-z-]+|nothing", answer)
+    assert words and all(word in right or word[15:-3] in right for word in words), (answer, right)
+
+
+def test_a_gym_name_is_answered_with_its_game(command, refused):
+    refused(lambda: command(script, "--env", "procgen:procgen-maze-v0"), "--env procgen:procgen-maze-v0 is --env maze here")
+
+
+def test_what_nobody_knows_is_refused_once(command, refused):
+    error = refused(lambda: command(script, "--learning-rat", 3), "--learning-rat, 3")
+    assert error.count("Unrecognized options") == 1 and "─" not in error
+
+
+def test_steps_may_be_written_as_1e6(train):
+    assert torch.load(train("--total-steps", "2e1") / "checkpoint.pt")["args"]["total_steps"] == 20
+
+
+def test_a_run_goes_on_beyond_two_to_the_31_steps(train, command):
+    run = train("--total-steps", 20)
+    torch.save(torch.load(run / "checkpoint.pt") | {"step": 3 * 10**9}, run / "checkpoint.pt")
+    command(script, "--resume", run, "--total-steps", 3 * 10**9 + 20)
+    assert torch.load(run / "checkpoint.pt")["step"] == 3 * 10**9 + 20
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

@@ -52,13 +52,3 @@ def test_a_state_is_carried_from_one_engine_to_another(played):
         second.call_c_func("set_state", n, state, len(state))
     assert second.get_state() == first.get_state()
     np.testing.assert_array_equal(first.observe()[1]["rgb"], second.observe()[1]["rgb"])
-
-
-def test_environments_of_the_exploration_mode_stay_in_their_one_level():
-    envs = script.make_envs(script.Args(distribution_mode="exploration"), ["coinrun", "maze"], 4, seed=7)
-    random, ends = np.random.RandomState(0), 0
-    for _ in range(1100):  # longer than an episode
-        envs.act(random.randint(0, 15, 4).astype(np.int32))
-        ends += envs.observe()[2]
-    seeds = [script.EXPLORATION_LEVEL_SEEDS[game] for game in ("coinrun", "maze")]
-    assert ends.all() and [info["level_seed"] for info in envs.get_info()] == seeds * 2

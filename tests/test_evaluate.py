@@ -3,8 +3,11 @@
 import csv
 import itertools
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +96,18 @@ class Clock(torch.nn.Module):
         return torch.nn.functional.one_hot(torch.where(right, 7, 1), 15).float()[None], None, (state[0] + 1,)
 
 
+class Witness(torch.nn.Module):
+    """Acts by a checksum of all that it was ever shown: frames, rewards, beginnings of episodes, in their order."""
+
+    def initial_state(self, batch_size):
+        return (torch.zeros(batch_size, dtype=torch.int64),)
+
+    def forward(self, obs, reward, done, state):
+        shown = obs[0].long().sum((1, 2, 3)) + 7 * (100 * reward[0]).round().long() + 13 * done[0].long()
+        checksum = (31 * state[0] + shown) % 100_003
+        return torch.nn.functional.one_hot(checksum % 15, 15).float()[None], None, (checksum,)
+
+
 def play_alone(agent, game, level, reset_every):
     """The return of one greedy episode in an environment of its own."""
     env = script.ProcgenGym3Env(1, game, num_levels=1, start_level=level, distribution_mode="easy", num_threads=0)
@@ -117,18 +132,27 @@ torch.manual_seed(1)  # of which the episodes are short
 SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 
 
-@pytest.mark.parametrize("agent", [Clock(), SRWM], ids=["clock", "srwm"])
+@pytest.mark.parametrize("agent", [Clock(), Witness(), SRWM], ids=["clock", "witness", "srwm"])
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level; without carried state, the state is reset every unroll_length steps."""
     args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
-    returns = evaluate.play(agent, args, LEVELS)
+    returns = evaluate.play(script, agent, args, LEVELS)
     assert returns.tolist() == [play_alone(agent, *level, 10**6 if carry_state else 7) for level in LEVELS]
+
+
+def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(train, score):
+    run = train("--total-steps", 20, "--seed", 5)
+    score("--env", "dodgeball", "fruitbot", "--start-level", 1003, "--num-levels", 2, "--bf16", False)
+    agent = script.Agent(script.Args(cuda=False, bf16=False))
+    agent.load_state_dict(torch.load(run / "checkpoint.pt")["model"])
+    for game, found in results(run, "evaluation_dodgeball_fruitbot_easy_1003_2.json")["games"].items():
+        assert found["returns"] == [play_alone(agent, game, level, 10**6) for level in (1003, 1004)]
 
 
 def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     args, levels = script.Args(cuda=False, bf16=False, unroll_length=7), [("fruitbot", level) for level in range(4)]
-    carried, reset = (evaluate.play(Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
+    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
     assert carried.tolist() != reset.tolist()
 
 
@@ -138,17 +162,17 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     args = script.Args(cuda=False, bf16=bf16)
     agent = script.Agent(args)
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1005)]
-    together = evaluate.play(agent, args, levels, greedy)
-    alone = [evaluate.play(agent, args, [level], greedy).item() for level in levels[::4]]
+    together = evaluate.play(script, agent, args, levels, greedy)
+    alone = [evaluate.play(script, agent, args, [level], greedy).item() for level in levels[::4]]
     assert together[::4].tolist() == alone
 
 
 def test_the_engine_s_threads_change_nothing(few_slots, monkeypatch):
     """On a GPU they step the environments."""
     args = script.Args(cuda=False, bf16=False)
-    inline = evaluate.play(SRWM, args, LEVELS)
+    inline = evaluate.play(script, SRWM, args, LEVELS)
     monkeypatch.setattr(evaluate, "ENGINE_THREADS", {"cpu": 2})
-    assert evaluate.play(SRWM, args, LEVELS).tolist() == inline.tolist()
+    assert evaluate.play(script, SRWM, args, LEVELS).tolist() == inline.tolist()
 
 
 @pytest.mark.gpu
@@ -157,26 +181,20 @@ def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greed
     args = script.Args(cuda=True, bf16=False)
     agent = script.Agent(args).cuda()
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1060)]
-    together = dict(zip(levels, evaluate.play(agent, args, levels, greedy)))
+    together = dict(zip(levels, evaluate.play(script, agent, args, levels, greedy)))
     some = levels[::-7]
-    assert [together[level] for level in some] == evaluate.play(agent, args, some, greedy).tolist()
+    assert [together[level] for level in some] == evaluate.play(script, agent, args, some, greedy).tolist()
 
 
 def test_other_seeds_sample_other_actions(few_slots):
     args, levels = script.Args(cuda=False, bf16=False), [("fruitbot", 8), ("fruitbot", 9)]
-    first, second = (evaluate.play(SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
+    first, second = (evaluate.play(script, SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
     assert first != second
 
 
-def test_the_one_level_of_exploration_is_a_training_level_whatever_the_start_level():
-    trained = script.Args(distribution_mode="exploration", start_level=7)
-    assert evaluate.choose_splits(evaluate.Args(), "exploration", ["maze"], trained, ["maze"]) == [(0, 1, "train")]
-
-
-@pytest.mark.parametrize("mode, seed", [("hard", 1234), ("exploration", script.EXPLORATION_LEVEL_SEEDS["maze"])])
-def test_levels_are_those_of_the_mode(mode, seed):
-    args = script.Args(cuda=False, distribution_mode=mode)
-    assert evaluate.make_level(args, "maze", 1234).get_info()[0]["level_seed"] == seed
+def test_levels_are_those_of_the_mode():
+    args = script.Args(cuda=False, distribution_mode="hard")
+    assert evaluate.make_level(script, args, "maze", 1234).get_info()[0]["level_seed"] == 1234
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -194,7 +212,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere_for_what_is_qui
 
 def columns(words, mode="easy", games=("maze",), **trained):
     args = evaluate.Args(splits=tuple(words.split()), num_levels=trained.pop("count", 200))
-    return evaluate.choose_splits(args, mode, list(games), script.Args(**trained), ["maze", "heist"])
+    return evaluate.choose_splits(args, mode, list(games), script, [(script.Args(**trained), ["maze", "heist"])])
 
 
 def test_the_training_levels_are_a_runs_own():
@@ -224,6 +242,26 @@ def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, cap
                                                             ("lstm", "1")}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "2"} == {True}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "1"} == {False}
+
+
+def test_levels_that_were_seen_before_fine_tuning_are_no_test():
+    history = [(script.Args(start_level=2000), ["maze"]), (script.Args(), ["maze", "heist"])]
+    args = evaluate.Args(splits=("train", "0", "100", "1000"), num_levels=100)
+    splits = evaluate.choose_splits(args, "easy", ["maze"], script, history)
+    assert splits == [(0, 100, "train"), (100, 100, "train"), (1000, 100, "test"), (2000, 100, "train")]
+    assert evaluate.choose_splits(args, "easy", ["maze", "heist"], script, history)[-1] == (2000, 100, "mixed")
+
+
+def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path):
+    parents = [train("--total-steps", 20, "--exp-name", "parent", "--seed", seed) for seed in (1, 2)]
+    runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 500)
+            for seed, parent in enumerate(parents, 1)]
+    runs += [train("--total-steps", 20, "--seed", 3, "--start-level", 500)]
+    capsys.readouterr()
+    score(*runs, "--splits", "0", "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {(row["model"], row["seeds"], row["split"]) for row in rows} == {
+        ("srwm init_from=parent", "2", "train"), ("srwm init_from=None", "1", "test")}
 
 
 def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
@@ -265,7 +303,8 @@ def known_run(model, returns):
     """A run of two games, scored on one training and two test splits."""
     splits = [evaluate.Split(0, 2, "train"), evaluate.Split(1000, 2, "test"), evaluate.Split(1200, 2, "test")]
     return SimpleNamespace(
-        model=model, games=["maze", "bigfish"], splits=splits, returns=dict(zip(splits, map(np.array, returns))), greedy=True,
+        script=script, model=model, games=["maze", "bigfish"], splits=splits, greedy=True,
+        returns=dict(zip(splits, map(np.array, returns))),
         args=script.Args(), trained=script.Args(), checkpoint={"step": 1000}, path=Path(f"runs/{model}/checkpoint.pt"))
 
 
@@ -331,11 +370,75 @@ def test_intervals_are_over_seeds_and_levels():
 
 
 def test_statistics_of_known_returns():
-    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy")
+    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy", script.RETURN_RANGE)
     assert found["games"]["maze"]["mean_return"] == 7.5 and found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
     assert found["games"]["maze"]["normalized"] == 0.5 and found["games"]["bigfish"]["normalized"] == 0.5
     assert found["mean"] == {"mean_return": 14.0, "normalized": 0.5}
     assert np.isclose(found["games"]["bigfish"]["standard_error"], np.std([1, 1, 40, 40], ddof=1) / 2)
+
+
+# Terminals, disks and the like
+
+
+def test_folders_without_a_checkpoint_are_left_out(train, score, refused, capsys, tmp_path):
+    run = train("--total-steps", 20)
+    (tmp_path / "runs" / "empty").mkdir()
+    capsys.readouterr()
+    score(*sorted((tmp_path / "runs").iterdir()), "--num-levels", 1)
+    out, error = capsys.readouterr()
+    assert f"{run}/checkpoint.pt: srwm" in out and "there is no checkpoint.pt in " in error and "runs/empty" in error
+    refused(lambda: score(tmp_path / "runs" / "empty"), "empty/checkpoint.pt: no such file")
+
+
+@pytest.mark.parametrize("word", ["--plot", "--probe", "--video"])
+def test_pictures_that_cannot_be_written_are_refused_before_work(word, train, score, refused, capsys, tmp_path):
+    train("--total-steps", 20)
+    target = tmp_path / ("out.gif" if word == "--video" else "out.png")
+    target.mkdir()
+    capsys.readouterr()
+    refused(lambda: score(word, target), f"{word} must be a file that can be written", "Is a directory")
+    target.rmdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_run", lambda *rest: 1 / 0)  # what comes after the check
+        with pytest.raises(ZeroDivisionError):
+            score(word, target)
+    assert not target.exists()  # the check leaves nothing
+
+
+@pytest.mark.parametrize("end, status, said", [
+    ("| head -n 1", 0, ""), ("> /dev/full", 1, "the tables could not be printed: [Errno 28] No space left on device"),
+    (">&- 2>&-", 0, ""), ("| cat", 0, "")], ids=["head", "full", "closed", "ascii"])
+def test_tables_that_nobody_can_read_end_in_no_traceback(end, status, said, tmp_path, scored_program):
+    """In a process of its own, whose output is a broken pipe, a full disk, nothing, or lacks letters."""
+    command = f"set -o pipefail; {sys.executable} {scored_program} {end}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(evaluate.__file__).parent,
+                           env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert ended.returncode == status and ended.stderr.strip() == (f"evaluate.py: {said}" if said else "")
+    assert end != "| cat" or "Mean over levels ?" in ended.stdout
+
+
+@pytest.fixture
+def scored_program(tmp_path):
+    """A program that prints the tables as evaluate.py does."""
+    (tmp_path / "program.py").write_text("""
+import evaluate, tables
+evaluate.open_streams()
+evaluate.show("runs/a\\n" * 20_000 + tables.NOTE)
+""")
+    return f"-c 'exec(open(\"{tmp_path / 'program.py'}\").read())'"
+
+
+def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece(monkeypatch):
+    """8 bytes for each of 10,000 samples of 10,000 levels would be 0.8 GB."""
+    scores = [{"test": [np.random.default_rng(1).normal(size=(2, 300))]}]
+    whole = tables.bootstrap(scores)["test"]
+    monkeypatch.setattr(tables, "PIECE", 1000)
+    assert (tables.bootstrap(scores)["test"] == whole).all()
+    monkeypatch.undo()
+    tracemalloc.start()
+    tables.bootstrap([{"test": [np.zeros((1, 10_000))]}], draws=1000)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 # What is not allowed
@@ -354,7 +457,8 @@ def test_statistics_of_known_returns():
     ("--splits dev", "--splits must be train, test, paper or first levels, got dev"),
     ("--splits", "--splits must be train, test, paper or first levels, got none"),
     ("--splits 0 100", "--splits must not overlap"),
-    ("--splits train --distribution-mode exploration --env maze", "exploration"),
+    ("--splits test runs", "(runs come first: evaluate.py RUNS --splits ...)"),
+    ("--distribution-mode exploration", "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
     ("--format html", "--format must be one of text, markdown, csv, json, got html"),
     ("--video out.avi", "--video must end in .mp4 or .gif"),
     ("--video nowhere/out.gif", "--video must be in a folder that exists"),
@@ -399,5 +503,6 @@ def test_a_missing_system_library_is_named_with_its_debian_package(train, score,
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(evaluate, "import_script", lambda name: script)
     capsys.readouterr()
     refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

@@ -43,7 +43,8 @@ WORDS = {
     "valid-start-level": ["0", "1000", "2147483647", "-1"],
     "valid-distribution-mode": ["easy", "hard", "memory", "medium"],
     "exp-name": ["x", "a b", "../x", "a/b"],
-    "resume": ["runs/none", "."],
+    "resume": ["auto", "runs/none", "."],
+    "init-from": ["runs/none", "."],
     "surprise": ["1"],
 }
 SWITCHES = "--no-carry-state --carry-state --deterministic --cuda --profile --nonsense".split()

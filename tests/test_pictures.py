@@ -22,7 +22,7 @@ needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is 
 @pytest.fixture
 def policy(few_slots):
     args = script.Args(cuda=False, bf16=False)
-    return evaluate.Policy(script.Agent(args), args, greedy=True, seed=1)
+    return evaluate.Policy(script, script.Agent(args), args, greedy=True, seed=1)
 
 
 def test_a_film_shows_every_game_at_the_human_resolution(train, score, tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_a_film_shows_the_episodes_that_are_scored(policy):
         game.advance(policy.act())
         if game.ended == 1:
             returns.append(game.total)
-    assert returns == evaluate.play(policy.agent, policy.args, [("fruitbot", level) for level in (8, 9, 10)]).tolist()
+    assert returns == evaluate.play(script, policy.agent, policy.args, [("fruitbot", level) for level in (8, 9, 10)]).tolist()
 
 
 def test_the_end_of_an_episode_stays_for_a_second(policy):

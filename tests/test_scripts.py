@@ -2,7 +2,12 @@
 
 import difflib
 import importlib
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +79,70 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
     assert torch.load(run / "checkpoint.pt")["script"] == "my_ablation.py"
     score("--num-levels", 2)
     assert (run / "evaluation_easy_0_2.json").exists()
+
+
+@pytest.fixture
+def own_copy(monkeypatch, tmp_path):
+    """Writes my_ablation.py, the SRWM script with one thing changed, beside which evaluate.py is looked for. Imports it."""
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+
+    def write(old, new):
+        text = Path(impala_procgen_srwm.__file__).read_text()
+        assert text.count(old) == 1
+        (tmp_path / "my_ablation.py").write_text(text.replace(old, new))
+        return evaluate.import_script("my_ablation.py")
+
+    return write
+
+
+def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
+    options = dict(use_backgrounds=False, restrict_themes=True)
+    script = own_copy("rand_seed=seed % 2**31,", "rand_seed=seed % 2**31, use_backgrounds=False, restrict_themes=True,")
+    args = script.Args(cuda=False)
+    mine = evaluate.make_level(script, args, "starpilot", 3).observe()[1]["rgb"]
+    engine = script.ProcgenGym3Env(1, "starpilot", num_levels=1, start_level=3, distribution_mode="easy", **options)
+    usual = evaluate.make_level(impala_procgen_srwm, args, "starpilot", 3).observe()[1]["rgb"]
+    assert (mine == engine.observe()[1]["rgb"]).all() and not (mine == usual).all()
+
+
+def test_a_copy_that_changes_its_normalisation_is_scored_by_it(own_copy, train, score, tmp_path):
+    run = train("--total-steps", 20, script=own_copy('"easy": (1, 40)', '"easy": (0, 10)'))
+    score("--num-levels", 1, "--env", "bigfish")
+    found = json.loads((run / "evaluation_bigfish_easy_0_1.json").read_text())["games"]["bigfish"]
+    assert found["normalized"] == found["mean_return"] / 10
+
+
+def test_one_script_and_evaluate_are_enough(train, tmp_path):
+    run = train("--total-steps", 20, script=importlib.import_module("impala_procgen_lstm"))
+    for name in ("impala_procgen_lstm.py", "evaluate.py", "tables.py", "pictures.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "srwm_cuda").symlink_to(ROOT / "srwm_cuda")
+    words = [sys.executable, "evaluate.py", run, "--num-levels", "1", "--no-cuda"]
+    end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert end.returncode == 0 and "lstm" in end.stdout, end.stderr
+
+
+def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command, capsys, tmp_path):
+    """Its folder has a copy; a change is told when it is resumed or scored, and makes another model."""
+    first = train("--total-steps", 20, script=own_copy("return h + self.out", "return 1 * h + self.out"))
+    text = (tmp_path / "my_ablation.py").read_text()
+    assert (first / "my_ablation.py").read_text() == text
+    capsys.readouterr()
+    score(first, "--num-levels", 1)
+    assert "note" not in capsys.readouterr().err
+    script = own_copy("return h + self.out", "return 2 * h + self.out")
+    second = train("--total-steps", 20, "--seed", 2, script=script)
+    capsys.readouterr()
+    score(first, second, "--num-levels", 1)
+    out, error = capsys.readouterr()
+    assert error.count(f"note: my_ablation.py has changed since it trained {first}/checkpoint.pt") == 1 == error.count("note")
+    assert len(set(re.findall("my_ablation code=([0-9a-f]{8})", out))) == 2
+    assert (first / "my_ablation.py").read_text() == text
+    command(script, "--resume", first, "--total-steps", 40)
+    assert f"my_ablation.py has changed since it trained {first}" in capsys.readouterr().out
+    assert (first / "my_ablation.py").read_text() == (tmp_path / "my_ablation.py").read_text() != text
+    command(script, "--resume", first, "--total-steps", 60)
+    assert "has changed" not in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -75,22 +75,88 @@ def test_an_unroll_begins_with_the_time_step_that_ended_the_one_before():
     assert not torch.equal(second.obs[0], unroll.obs[0]) and torch.equal(unroll.done[0], torch.ones(6, dtype=torch.bool))
 
 
-def test_recorded_episodes_are_those_of_the_engine():
-    """The same seed and actions on an engine of our own give the same returns, lengths and games."""
+def test_unrolls_and_recorded_episodes_are_those_of_the_engine():
+    """The same seed and actions on an engine of our own give the same frames, rewards and episode starts, in the same places;
+    and the same returns, lengths and games."""
     args = script.Args(**ARGS | dict(num_envs=4, unroll_length=600))
     actor, _, unroll, episodes = parts(args, games=("maze", "leaper"))
     play(actor, unroll)
     envs = script.make_envs(args, ["maze", "leaper"], 4, seed=1)
     expected, returns, lengths = {"maze": [], "leaper": []}, np.zeros(4), np.zeros(4, dtype=int)
-    envs.observe()
-    for action in unroll.action.int().numpy():
-        envs.act(action)
-        reward, _, done = envs.observe()
-        returns, lengths = returns + reward, lengths + 1
-        for n in np.flatnonzero(done):
+    for t in range(601):
+        reward, obs, done = envs.observe()
+        assert (unroll.obs[t].numpy() == obs["rgb"]).all() and (unroll.reward[t].numpy() == reward).all()
+        assert (unroll.done[t].numpy() == done).all()
+        returns, lengths = returns + reward, lengths + (t > 0)
+        for n in np.flatnonzero(done) if t > 0 else ():
             expected[["maze", "leaper"][n % 2]].append((returns[n], lengths[n]))
             returns[n] = lengths[n] = 0
-    assert episodes.saved() == expected and all(expected.values())
+        if t < 600:
+            envs.act(unroll.action[t].int().numpy())
+    assert episodes.saved() == expected and all(expected.values()) and unroll.reward.max() > 0
+
+
+def test_actions_are_samples_of_the_policy():
+    args = script.Args(**ARGS | dict(unroll_length=400))
+    agent = script.Agent(args)
+    with torch.no_grad():
+        agent.policy.weight.zero_()
+        agent.policy.bias.copy_(torch.linspace(-2, 2, 15))
+    (actor,) = script.Actors(agent, args, ["maze"], 1, script.Weights(agent), script.Episodes(["maze"])).actors
+    unroll = script.Unroll(agent, 400, 6)
+    play(actor, unroll)
+    counts, p = torch.bincount(unroll.action.flatten(), minlength=15), agent.policy.bias.detach().softmax(0)
+    assert ((counts - 2400 * p).square() / (2400 * p)).sum() < 36  # chi-squared, 14 degrees of freedom: one in a thousand
+
+
+def test_an_actor_that_takes_turns_with_the_learner_is_on_policy(train):
+    """The newest weights reach it, and the learner computes what it computed: all importance weights are 1."""
+    words = "--deterministic --num-actors 1 --bf16 False --learning-rate 0.01 --unroll-length 10".split()
+    scalars = log(train("--total-steps", 400, *words))
+    assert [lag for _, lag in scalars["policy_lag"]] == [0] * 10
+    assert all(rho > 0.999 for _, rho in scalars["vtrace/mean_rho"])
+    entropies = [entropy for _, entropy in scalars["loss/entropy"]]
+    assert max(entropies) - min(entropies) > 0.1  # the policy moved
+
+
+def test_no_two_actors_play_the_same_nor_does_a_resumed_run_play_again(train, command, monkeypatch):
+    make_envs, seeds = script.make_envs, []
+
+    def noted(args, games, num, seed, *rest, **options):
+        if num > len(games):  # all but the trial at the start
+            seeds.append(seed)
+        return make_envs(args, games, num, seed, *rest, **options)
+
+    monkeypatch.setattr(script, "make_envs", noted)
+    run = train("--total-steps", 20, "--valid-num-levels", 5)
+    command(script, "--resume", run, "--total-steps", 40)
+    assert len(seeds) == 6 == len(set(seeds))  # two actors and a validator, twice
+    envs = [make_envs(script.Args(), ["maze"], 1, seed) for seed in seeds]
+    assert len({bytes(env.observe()[1]["rgb"]) for env in envs}) > 4  # of 200 levels, two may be the same
+
+
+def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes(train, monkeypatch):
+    """Its one unroll comes after 67 updates, 3 % of their steps."""
+    close, seen = script.Actors.close, []
+    monkeypatch.setattr(script.Actors, "close", lambda actors: seen.append(actors) or close(actors))
+    words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --save-extra-checkpoint 1340 --log-interval 60"
+    run = train("--total-steps", 1360, *words.split())
+    actors, validators = seen
+    saved = script.load_checkpoint(run / "checkpoint_1340.pt", None)["model"]
+    assert all(torch.equal(weight, saved[name]) for name, weight in validators.actors[0].agent.state_dict().items())
+    assert not all(torch.equal(weight, saved[name]) for name, weight in actors.actors[0].agent.state_dict().items())
+    assert validators.episodes is not actors.episodes
+
+
+def test_a_resumed_run_goes_on_with_weights_and_episodes(train, command):
+    run = train("--total-steps", 20)
+    episodes = {"bigfish": [(5.0, 10)], "fruitbot": [(7.0, 12)]}
+    before = torch.load(run / "checkpoint.pt") | {"episodes": episodes}
+    torch.save(before, run / "checkpoint.pt")
+    command(script, "--resume", run, "--total-steps", 40, "--learning-rate", 0)
+    after = read(run)
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+    assert all(tuple(after["episodes"][game][0]) == episodes[game][0] for game in episodes)
 
 
 def test_batches_take_every_environment_of_every_unroll_once():
@@ -409,7 +475,6 @@ def test_momentum_can_be_new_in_a_resumed_run(train, command):
 
 @pytest.mark.parametrize("words", [
     "--distribution-mode memory --num-levels 500 --multi-env 4 --num-envs 4",
-    "--distribution-mode exploration --multi-env 2 --num-envs 4",
     "--distribution-mode extreme --multi-env 4",
     "--distribution-mode hard --num-levels 0",
     "--no-carry-state",
