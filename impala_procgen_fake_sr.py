@@ -626,7 +626,7 @@ class Actors:
                     if self.stop.is_set():
                         return
                     go_on(i)  # its environments have moved, and it infers
-                    go_on(i - number // 3)  # it has inferred, and its environments move
+                    go_on(i - (number + 1) // 3)  # it has inferred, and its environments move
         except BaseException as error:
             self.error = error
         finally:
