@@ -632,15 +632,16 @@ class Actors:
 
         try:
             games, number = [unrolls(actor) for actor in actors], len(actors)
+            later = (number + 1) // 3  # turns of others in which an actor infers
             for i in range(number):  # if all unrolls ended at once, the learner could not take them, and nobody would play
-                for _ in range(2 * (i * self.args.unroll_length // number)):
+                for _ in range(2 * (i * self.args.unroll_length // number) + (i + later >= number)):
                     go_on(i)
             while True:
                 for i in range(number):
                     if self.stop.is_set():
                         return
                     go_on(i)  # its environments have moved, and it infers
-                    go_on(i - (number + 1) // 3)  # it has inferred, and its environments move
+                    go_on(i - later)  # it has inferred, and its environments move
         except BaseException as error:
             self.error = error
         finally:
