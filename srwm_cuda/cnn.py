@@ -82,7 +82,7 @@ class ImpalaCNN(torch.autograd.Function):
             values = at_once * (W + 2) ** 2 * ((1 if pooled else buffers) * outputs + buffers * inputs)
             more = 3 * W * W // 4 * outputs if pooled else 2 * buffers * W * W * inputs if kind == "FIRST" else 0  # bytes
             kernel = f"layer_backward<{W}, {inputs}, {outputs}, {kind}, {at_once}, {buffers}>"
-            _launch(kernel, blocks, 512, 2 * values + at_once * more,
+            _launch(kernel, blocks, 512, max(2 * values + at_once * more, 8 * 2320 * 4),  # at the end, eight warps' sums
                     N, layer, gradient, argmax, input, skipping, fragments, grad_input, partial)
             return grad_input
 
