@@ -799,13 +799,13 @@ def say(text, file=None, passing=False):
         if passing and file.isatty():
             width = max(1, shutil.get_terminal_size().columns - 1)
             print("\r" + text[:width].ljust(width), end="", file=file, flush=True)
-            say.passing = True
+            terminal["passing"] = True
         else:
-            print("\n" * say.passing + text, file=file, flush=True)
-            say.passing = False
+            print("\n" * terminal["passing"] + text, file=file, flush=True)
+            terminal["passing"] = False
 
 
-say.passing = False  # whether the terminal's last line is such a one
+terminal = dict(passing=False)  # whether its last line is such a one
 
 
 def save_checkpoint(path, given, learner, episodes, step, best=None, before=()):
@@ -918,8 +918,8 @@ class Logger:
         return valid[valid_mean] if valid_mean and validators.episodes.full() else None
 
     def close(self):
-        if say.passing:
-            say.passing = False
+        if terminal["passing"]:
+            terminal["passing"] = False
             say("")
         with contextlib.suppress(OSError):
             self.writer.close()

@@ -192,8 +192,8 @@ class FullDisk:
         self.path.symlink_to("/dev/full")
         monkeypatch.setattr(script, "say", self.hear)
 
-    def hear(self, text, *rest):
-        self.say(text, *rest)
+    def hear(self, text, *rest, **options):
+        self.say(text, *rest, **options)
         if "could not be written" in text:
             self.failures -= 1
             if self.failures == 0:
