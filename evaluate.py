@@ -138,7 +138,7 @@ def choose_splits(args, mode, games, script, history):
     trained, _ = history[0]
     words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
     if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:
-        runs_first = " (runs come first: evaluate.py RUNS --splits ...)" if Path(wrong[0]).exists() else ""
+        runs_first = " (runs come first: evaluate.py RUNS --splits ...)" if Path(wrong[0]).exists() or "/" in wrong[0] else ""
         raise ValueError(f"--splits must be train, test, paper or first levels, got {wrong[0]}{runs_first}")
     own = (trained.start_level, min(args.num_levels, trained.num_levels or 2**31))
     splits, last = [], None
