@@ -506,14 +506,14 @@ class Actor:
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, args.num_envs), self.agent.initial_state(args.num_envs)
         self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
-        self.shown = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown[1:]]  # on the host
-        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)  # this too
+        # On the host: what the environments show beside frames, reward and done, and what they are told.
+        self.signals = [torch.zeros_like(x[:1], device="cpu", pin_memory=args.cuda) for x in self.unroll.shown[1:]]
+        self.action = torch.zeros(args.num_envs, dtype=torch.int32, pin_memory=args.cuda)
         self.begun_anew = torch.zeros((), device=device)  # states that diverged
-        frames = torch.from_numpy(self.envs.observe()[1]["rgb"])  # the engine's own buffer
-        self.shown.insert(0, frames.unsqueeze(0))
+        frames = torch.from_numpy(self.observe()[1]["rgb"])  # the engine's own buffer
+        self.shown = [frames.unsqueeze(0), *self.signals]
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stream = None
-        self.observe()
         if args.cuda:
             lock_pages(self, frames)
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
@@ -543,13 +543,13 @@ class Actor:
         self.t += 1
 
     def observe(self):
-        """Waits for the environments. Returns reward and done as NumPy arrays (B,)."""
+        """Waits for the environments. Returns reward (B,), a dictionary of what is seen, and done (B,): the engine's arrays."""
         self.waiting_since = time.monotonic()
-        reward, _, done = self.envs.observe()
+        reward, obs, done = self.envs.observe()
         self.waiting_since = None
-        for mine, theirs in zip(self.shown[1:], (reward, done)):
+        for mine, theirs in zip(self.signals, (reward, done)):
             mine.numpy()[0] = theirs
-        return reward, done
+        return reward, obs, done
 
     def play(self, unroll):
         """Fills the unroll with the next T steps. A generator: it yields where it would wait, for the device and then for the
@@ -569,7 +569,7 @@ class Actor:
             wait_for(acted)
             self.envs.act(self.action.numpy())
             yield
-            reward, done = self.observe()
+            reward, _, done = self.observe()
             self.returns += reward
             self.lengths += 1
             for n in np.flatnonzero(done):
