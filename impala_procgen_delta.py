@@ -1,7 +1,7 @@
 """IMPALA on ProcGen with a Delta Net: fast weight memories that a static slow network programs by the delta rule.
 
 Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022, arXiv 2202.05780).
-Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actor threads and V-trace, in one process.
+Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors and V-trace, in one process.
 
     python impala_procgen_delta.py --multi-env 6              one agent learns six games
     python impala_procgen_delta.py --env maze --seed 2        or a single one
@@ -151,7 +151,7 @@ class TrainingArgs:
     start_level: int = 0
     """the first of these levels"""
     num_actors: int | None = None
-    """actor threads (None: by the number of cores)"""
+    """actors, each with a vector of environments (None: by the number of cores)"""
     num_envs: int | None = None
     """environments of each actor, a multiple of the number of games (None: about 96 on a GPU, 24 on a CPU)"""
     valid_num_levels: int = 0

@@ -10,8 +10,8 @@
 // a layer's weight (OUT, IN, 3, 3) before its bias (OUT).
 //
 // A product of tensor cores, 16 x 16 times 16 x 8, has as its rows a strip of 16 neighbouring pixels. A warp slides down such a
-// strip: what it loads of a row serves the three rows of the output that the row is part of. No sum depends on how many frames
-// there are or on which of them a block has, and nothing is added in an order of chance.
+// strip: what it loads of a row serves the three rows of the output that the row is part of. What is computed of a frame does
+// not depend on the others, and nothing is added in an order of chance.
 
 #include "common.cuh"
 

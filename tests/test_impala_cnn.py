@@ -66,10 +66,7 @@ def without_pooling(layers):
 def test_a_cnn_that_was_changed_is_not_taken_for_the_function_s(change):
     layers = make_agent().encoder.cnn
     change(layers)
-    try:
-        assert not srwm_cuda.is_impala_cnn(layers)
-    except RuntimeError as error:  # it does not fit together at all
-        assert "channels" in str(error)
+    assert not srwm_cuda.is_impala_cnn(layers)
 
 
 @pytest.mark.parametrize("broken, message", [
