@@ -726,46 +726,44 @@ class Learner:
         return loss, sums.detach() / log_rhos.numel()
 
     def backward(self):
-        """The gradient of the loss. Returns the first of the STATISTICS."""
+        """Computes the gradient of the loss. Returns it, flat, with the first of the STATISTICS and the wish to stop behind."""
         self.optimizer.zero_grad()
-        loss, self.statistics = self.loss()
+        loss, statistics = self.loss()
         loss.backward()
-        for parameter in self.agent.parameters():
-            if parameter.grad is None:  # the loss does not depend on it, here; in another process it may
-                parameter.grad = torch.zeros_like(parameter)
-        return self.statistics
+        gradients = [parameter.grad for parameter in self.agent.parameters()]  # None: the loss does not depend on it, here
+        gradients = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(gradients, self.agent.parameters())]
+        self.joint = torch.cat([*(gradient.flatten() for gradient in gradients), statistics, self.stop])
+        return self.joint
 
     @torch.no_grad()
     def step(self):
         """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all weights and
-        averages stay what they were. Returns the gradient's norm before."""
-        gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
-        finite = torch.cat([self.statistics, gradient_norm.view(1)]).isfinite().all()
+        averages stay what they were. Returns the STATISTICS, and whether a process wants to stop."""
+        parameters = list(self.agent.parameters())
+        *gradients, statistics, stop = self.joint.split([*(x.numel() for x in parameters), len(self.STATISTICS) - 1, 1])
+        gradient = self.joint[: -len(self.STATISTICS)]
+        norm = gradient.norm().view(1)
+        finite = torch.cat([statistics, norm]).isfinite().all()
+        scale = (self.args.grad_norm_clipping / (norm + 1e-6)).clamp(max=1.0)
+        gradient.copy_(torch.where(finite, gradient * scale, 0.0))
+        for parameter, part in zip(parameters, gradients):
+            parameter.grad = part.view_as(parameter)
         averages = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
-        learned = [*self.agent.parameters(), *averages]
-        before = [x.clone() for x in learned]
+        learned, finite = [*parameters, *averages], finite.float()
+        before = torch._foreach_mul(learned, 1 - finite)
         self.optimizer.step()
-        for x, old in zip(learned, before):
-            torch.where(finite, x, old, out=x)  # a CUDA graph cannot ask, and must not wait
-        return gradient_norm
+        torch._foreach_mul_(learned, finite)  # a CUDA graph cannot ask, and must not wait
+        torch._foreach_add_(learned, before)
+        return torch.cat([statistics, norm, stop])
 
     def update(self, stop=False):
         """One update on the batches of all processes. Returns a tensor: the STATISTICS, and whether a process wants to stop."""
         self.stop.fill_(stop)
-        statistics = self.backward()
+        joint = self.backward()
         if dist.is_initialized():
-            average([*(parameter.grad for parameter in self.agent.parameters()), statistics, self.stop])
-        return torch.cat([statistics, self.step().view(1), self.stop])
-
-
-@torch.no_grad()
-def average(tensors):
-    """Replaces tensors by their means over all processes, in one transfer."""
-    joint = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(joint)
-    joint /= dist.get_world_size()
-    for tensor, mean in zip(tensors, joint.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(mean.view(tensor.shape))
+            dist.all_reduce(joint)
+            joint /= dist.get_world_size()
+        return self.step()
 
 
 def open_streams():

@@ -49,17 +49,21 @@ class ImpalaCNN(torch.autograd.Function):
             frames = frames.clone()  # the kernels read four bytes at a time
         N, x, flat = len(frames), frames, torch.cat([parameter.flatten() for parameter in parameters])
         fragments = flat.new_empty(FRAGMENTS, 4)
-        _launch("pack", -(-FRAGMENTS // 256), 256, 0, flat, fragments)
+        store = grad_enabled and any(ctx.needs_input_grad)
+        packed = FRAGMENTS if store else FRAGMENTS // 2  # the second half is for the backward pass
+        _launch("pack", -(-packed // 256), 256, 0, flat, fragments)
         saved = [fragments]
+        few = N <= torch.cuda.get_device_properties(frames.device).multi_processor_count  # then a block has one to itself
+        threads = 512 if few else 256
         for section, (W, C) in enumerate(SECTIONS):
             output, inner, argmax = frames.new_empty(N, W, W, C, dtype=torch.bfloat16), None, None
-            if grad_enabled and any(ctx.needs_input_grad):
+            if store:
                 inner, argmax = output.new_empty(4, N, W, W, C), frames.new_empty(N, W, W, C)
             at_once = (1, 2, 4)[section] if N >= MANY else (1, 1, 2)[section]
             images = at_once * (W + 2) ** 2 * C  # and then, in turn, the first convolution's input and band, images and weights
             first = (66 * 68 * 4 + 18 * 64 * 16, 34 * 34 * 16 + 10 * 32 * 32, 2 * (18 * 18 * 32 + 18 * 16 * 32))[section]
             shared_bytes = 2 * (images + max(first, images + 9 * C * C))
-            _launch(f"section_forward<{section}, {at_once}>", -(-N // at_once), 256, shared_bytes,
+            _launch(f"section_forward<{section}, {at_once}, {threads}>", -(-N // at_once), threads, shared_bytes,
                     N, x, flat, fragments, output, inner, argmax)
             saved += [x, inner, argmax]
             x = output

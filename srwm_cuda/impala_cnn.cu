@@ -199,12 +199,12 @@ __device__ void slide(const bf16* in, int y, int x, const Fragments<In::C>& weig
 
 __device__ inline uint2 packed(float4 v) { return make_uint2(pair_of(v.x, v.y), pair_of(v.z, v.w)); }
 
-// A convolution of whole images by WARPS warps: store(frame, y, x, channel, four) gets all results by fours.
-template <int W, int IN, int OUT, int FRAMES, bool RELU, typename Store>
+// A convolution of whole images by THREADS: store(frame, y, x, channel, four) gets all results by fours.
+template <int W, int IN, int OUT, int FRAMES, int THREADS, bool RELU, typename Store>
 __device__ void convolve(int warp, const bf16* in, const Fragments<IN>& weights, float4 bias, Store store) {
   typedef Strips<W, FRAMES> S;
   typedef Images<W, IN, FRAMES> In;
-  constexpr int PARTS = OUT / 16, ROWS = S::NUMBER * PARTS * W / WARPS;
+  constexpr int PARTS = OUT / 16, ROWS = S::NUMBER * PARTS * W / (THREADS / 32);
   const int part = warp % PARTS, strip = warp / PARTS % S::NUMBER, y = warp / (PARTS * S::NUMBER) * ROWS;
   const int lane = threadIdx.x % 32, g = lane / 4, channel = part * 16 + lane % 4 * 4;
   slide<In, ROWS, RELU>(in + S::frame(strip, lane % 16) * In::IMAGE, y, S::x(strip, lane % 16), weights, bias,
@@ -333,9 +333,9 @@ __device__ void pool(const bf16* band, const bf16* above, int i, Store store) {
         make_uint2(__byte_perm(which[0], which[1], 0x6420), __byte_perm(which[2], which[3], 0x6420)));
 }
 
-// A section, FRAMES frames to a block.
-template <int SECTION, int FRAMES>
-__global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
+// A section, FRAMES frames to a block of THREADS.
+template <int SECTION, int FRAMES, int THREADS>
+__global__ void __launch_bounds__(THREADS, 512 / THREADS) section_forward(int N,
                                     const void* __restrict__ input,         // (N, SIZE, SIZE, IN); uint8 in section 0
                                     const float* __restrict__ parameters,   // of all layers
                                     const uint4* __restrict__ fragments,    // of all layers, from pack()
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
 {
   typedef Section<SECTION> S;
   constexpr int SIZE = S::SIZE, W = S::W, IN = S::IN, OUT = S::OUT, BAND = S::BAND, AT_ONCE = S::AT_ONCE;
-  constexpr int THREADS = 32 * WARPS, CONV_ROW = SIZE * OUT;
+  constexpr int CONV_ROW = SIZE * OUT;
   typedef Images<W, OUT, FRAMES> Inner;
   typedef Images<SIZE, IN < 16 ? 16 : IN, AT_ONCE> Outer;
   constexpr int INPUT = SECTION == 0 ? 66 * FRAME_PITCH * 4 : Outer::SIZE;
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
   {
     // Warps share the first convolution out by 16 channels, then strips, then rows.
     typedef Strips<SIZE, AT_ONCE> T;
-    constexpr int PARTS = OUT / 16, ROWS = T::NUMBER * PARTS * BAND / WARPS;
+    constexpr int PARTS = OUT / 16, ROWS = T::NUMBER * PARTS * BAND / (THREADS / 32);
     const int part = warp % PARTS, strip = warp / PARTS % T::NUMBER, y0 = warp / (PARTS * T::NUMBER) * ROWS;
     const int channel = part * 16 + lane % 4 * 4;
     const float* b = parameters + parameters_before(S::LAYER + 1) - OUT + channel;
@@ -460,14 +460,14 @@ __global__ void __launch_bounds__(32 * WARPS, 2) section_forward(int N,
         *reinterpret_cast<uint2*>(to + ((frame * W + y) * W + x) * OUT + channel) = v;
     };
     if (i % 2 == 1) {
-      convolve<W, OUT, OUT, FRAMES, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<W, OUT, OUT, FRAMES, THREADS, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2 result = packed(v);
         result = make_uint2(relu(result.x), relu(result.y));
         *reinterpret_cast<uint2*>(h + Inner::at(frame, y, px, channel)) = result;
         write(frame, y, px, channel, result);
       });
     } else {
-      convolve<W, OUT, OUT, FRAMES, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<W, OUT, OUT, FRAMES, THREADS, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2& skipped = *reinterpret_cast<uint2*>(x + Inner::at(frame, y, px, channel));
         v.x += low(skipped.x), v.y += high(skipped.x), v.z += low(skipped.y), v.w += high(skipped.y);
         skipped = packed(v);
@@ -669,8 +669,8 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
       const bf16* skipped = more + buffer * INPUT_SIZE;
       bf16* to = grad_input + (size_t)first * W * W * IN;
       const int valid = N - first;
-      convolve<W, OUT, IN, FRAMES, false>(warp, dy, weights, make_float4(0, 0, 0, 0),
-                                          [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<W, OUT, IN, FRAMES, 32 * WARPS, false>(warp, dy, weights, make_float4(0, 0, 0, 0),
+                                                      [&](int frame, int y, int px, int channel, float4 v) {
         const int at = ((frame * W + y) * W + px) * IN + channel;
         uint2 result = packed(v);
         if (!POOL) {

@@ -225,7 +225,7 @@ def test_states_that_are_not_finite_or_beyond_the_bound_begin_anew_and_no_others
 def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
     """The next one does what it would have done without it, bit for bit."""
     with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
-        actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda)))
+        actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda, bf16=cuda)))
         play(actor, unroll, unrolls=2)
         for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
             mine.copy_(theirs)
