@@ -194,6 +194,7 @@ def test_arguments_in_the_text_are_those_of_a_script_or_of_evaluate(document, fo
             assert is_flag(span), span
 
 
+@functools.cache
 def is_flag(word):
     """Whether a parser knows it, with or without a value."""
     for args in (impala_procgen_srwm.Args, evaluate.Args):
