@@ -186,10 +186,13 @@ def test_commands_are_accepted(words, follow):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_arguments_in_the_text_are_those_of_a_script_or_of_evaluate(document, follow):
+    programs = ["impala_procgen_srwm.py", "evaluate.py"]
+    if document == "docs/evaluation.md":  # the likelier first: it is quicker to accept than to refuse
+        programs.reverse()
     for span in spans(document):
         words = span.split()
         if len(words) > 1 and span.startswith("--"):
-            assert None in map(follow, ([program, *words] for program in ("impala_procgen_srwm.py", "evaluate.py"))), span
+            assert None in map(follow, ([program, *words] for program in programs)), span
         elif span.startswith("--"):
             assert is_flag(span), span
 
