@@ -61,8 +61,8 @@ def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
 
 
 def other_flags():
-    """Of the README's tables: flags that are not ours, with what stands for them here."""
-    text = (ROOT / "README.md").read_text().split("## From other flags to ours")[1].split("\n## ")[0]
+    """Of the tables in docs/: flags that are not ours, with what stands for them here."""
+    text = (ROOT / "docs/from-other-flags.md").read_text()
     ours = {field.name for field in fields(script.Args)}
     for left, right in re.findall(r"^\| (.*) \| (.*) \|$", text, re.MULTILINE):
         for name in re.findall(r"`--([\w-]+)", left):
