@@ -8,7 +8,7 @@ Agent, environments and normalisation are those of the script which the checkpoi
 own copy beside this file.
 The paper's splits have 200 levels each: the training levels, and tests that start at 1000, 1200 and 1400.
 
-To be read from top to bottom: arguments, runs, playing, main. Statistics and tables are in tables.py, pictures in pictures.py.
+To be read from top to bottom: arguments, runs, playing, main. Statistics, tables and pictures are in reporting/.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import tyro
 
-from tables import FORMATS, summarize, tabulate
+from reporting.tables import FORMATS, summarize, tabulate
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 SLOTS = {"cpu": 32, "cuda": 64}  # environments that a thread plays at once: the batch of its agent
@@ -219,7 +219,7 @@ def prepare(args):
     if args.format not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {args.format}")
     if args.plot or args.video or args.probe:
-        pictures = importlib.import_module("pictures")
+        pictures = importlib.import_module("reporting.pictures")
         pictures.check(args)
     paths = [args.checkpoint] if args.checkpoint else list(args.runs)
     if not paths:
@@ -463,7 +463,7 @@ def main():
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         if args.plot or args.video or args.probe:
-            import pictures  # with libraries that nothing else needs
+            from reporting import pictures  # with libraries that nothing else needs
 
             make_policy = functools.partial(Policy, runs[0].script, runs[0].agent, runs[0].args, args.greedy, args.seed)
         if args.video:

@@ -20,7 +20,7 @@ import torch
 import evaluate
 import impala_procgen_lstm
 import impala_procgen_srwm as script
-import tables
+from reporting import tables
 
 
 def results(run, name):
@@ -421,7 +421,8 @@ def test_tables_that_nobody_can_read_end_in_no_traceback(end, status, said, tmp_
 def scored_program(tmp_path):
     """A program that prints the tables as evaluate.py does."""
     (tmp_path / "program.py").write_text("""
-import evaluate, tables
+import evaluate
+from reporting import tables
 evaluate.open_streams()
 evaluate.show("runs/a\\n" * 20_000 + tables.NOTE)
 """)

@@ -14,7 +14,7 @@ import evaluate
 import impala_procgen_lstm
 import impala_procgen_sr_delta
 import impala_procgen_srwm as script
-import pictures
+from reporting import pictures
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 

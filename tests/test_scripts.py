@@ -114,9 +114,10 @@ def test_a_copy_that_changes_its_normalisation_is_scored_by_it(own_copy, train, 
 
 def test_one_script_and_evaluate_are_enough(train, tmp_path):
     run = train("--total-steps", 20, script=importlib.import_module("impala_procgen_lstm"))
-    for name in ("impala_procgen_lstm.py", "evaluate.py", "tables.py", "pictures.py"):
+    for name in ("impala_procgen_lstm.py", "evaluate.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "srwm_cuda").symlink_to(ROOT / "srwm_cuda")
+    for name in ("reporting", "srwm_cuda"):
+        (tmp_path / name).symlink_to(ROOT / name)
     words = [sys.executable, "evaluate.py", run, "--num-levels", "1", "--no-cuda"]
     end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert end.returncode == 0 and "lstm" in end.stdout, end.stderr

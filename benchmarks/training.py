@@ -1,13 +1,13 @@
 """Whole training runs on a machine that does nothing else: steps a second, their ratio to the first run's, policy lag, return
 and memory, as a Markdown table.
 
-    python tests/benchmark_training.py agents                       the seven agents of the paper, two minutes each
-    python tests/benchmark_training.py agents --steps 10000000      the same for ten million steps each
-    python tests/benchmark_training.py costs --seconds 20           one agent: cores, environments, games, batch, head size
-    python tests/benchmark_training.py costs --only "default|game"  those rows alone
-    python tests/benchmark_training.py costs --turns 5 --seconds 8  all at once, by turns of 8 seconds: where others disturb
-    python tests/benchmark_training.py scaling                      one agent on 1, 2, 4, ... GPUs with as many cores for each
-    python tests/benchmark_training.py agents --env maze            what it does not know goes to the scripts
+    python benchmarks/training.py agents                       the seven agents of the paper, two minutes each
+    python benchmarks/training.py agents --steps 10000000      the same for ten million steps each
+    python benchmarks/training.py costs --seconds 20           one agent: cores, environments, games, batch, head size
+    python benchmarks/training.py costs --only "default|game"  those rows alone
+    python benchmarks/training.py costs --turns 5 --seconds 8  all at once, by turns of 8 seconds: where others disturb
+    python benchmarks/training.py scaling                      one agent on 1, 2, 4, ... GPUs with as many cores for each
+    python benchmarks/training.py agents --env maze            what it does not know goes to the scripts
 
 The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first status
 line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped: a ratio is
@@ -16,6 +16,7 @@ that of two turns in one round, so that a host that is slower for a while slows 
 
 import argparse
 import atexit
+import importlib
 import os
 import re
 import signal
@@ -30,9 +31,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-import impala_procgen_srwm as srwm  # noqa: E402
-
 WARM_UP = 10  # seconds
 SETTLE = 2  # seconds after a turn's begin that do not count
 AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta", "delta": "delta",
@@ -43,7 +41,7 @@ ENVIRONMENTS = {  # actors and environments of each, by whether there is a GPU
 
 def settings(which, script):
     """Name, command line, number of cores and of processes of each run."""
-    cores, cuda = srwm.num_cores(), srwm.Args().cuda
+    cores = num_cores(script)
     if which == "agents":
         return [(name, words, cores, 1) for name, words in AGENTS.items()]
     if which == "scaling":
@@ -52,7 +50,7 @@ def settings(which, script):
     runs = [("default", "", cores)]
     runs += [(f"{n} core{'s' * (n > 1)}", "", n) for n in (1, 2, 4, 8, 16, 32) if n < cores]
     runs += [(f"{size} environments", "--num-actors {} --num-envs {}".format(*size.split(" x ")), cores)
-             for size in ENVIRONMENTS[cuda]]
+             for size in ENVIRONMENTS[torch.cuda.is_available()]]
     runs += [(f"{n} game{'s' * (n > 1)}", f"--multi-env {n}", cores) for n in (1, 3, 12, 16)]
     runs += [(f"batch of {n}", f"--batch-size {n}", cores) for n in (16, 64, 96)]
     runs += [(f"heads of {128 // n}", f"--num-head {n}", cores) for n in (16, 4, 2)]
@@ -60,9 +58,15 @@ def settings(which, script):
     return [(name, f"{script} {words}", cores, 1) for name, words, cores in runs]
 
 
+def num_cores(script):
+    """The cores that a run of this script would use here."""
+    sys.path.insert(0, str(PROJECT))
+    return importlib.import_module(f"impala_procgen_{script}").num_cores()
+
+
 def gpu_memory():
     """Memory in use on the first GPU that this process may use, in GB."""
-    if not srwm.Args().cuda:
+    if not torch.cuda.is_available():
         return 0.0
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     words = f"nvidia-smi --id={gpu} --query-gpu=memory.used --format=csv,noheader,nounits".split()

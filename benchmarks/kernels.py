@@ -1,7 +1,7 @@
 """Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the
 same functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without torch.compile.
 
-    python tests/benchmark_kernels.py
+    python benchmarks/kernels.py
 
 Milliseconds are medians over replays of a CUDA graph (kernels alone, without Python's overhead).
 """
@@ -12,12 +12,12 @@ import statistics
 import sys
 
 import torch
-from helpers import sr_delta
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import impala_procgen_lstm  # noqa: E402
 import srwm_cuda  # noqa: E402
 from srwm_cuda import cnn  # noqa: E402
+from tests.helpers import sr_delta  # noqa: E402
 
 
 def milliseconds(function, repeats=20):
