@@ -1,5 +1,6 @@
-"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the
-same functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without torch.compile.
+"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside
+the same functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without
+torch.compile.
 
     python benchmarks/kernels.py
 
@@ -112,8 +113,8 @@ def measure_lstm(T, B):
 
 
 def measure_cnn(frames_at_once):
-    """Forward for acting, and forward and backward, beside PyTorch's bfloat16, as it is and compiled, and beside what as many
-    operations take in a large matrix product."""
+    """Forward for acting, and forward and backward, beside PyTorch's bfloat16, as it is and compiled, and beside what
+    as many operations take in a large matrix product."""
     parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda") / math.prod(shape[1:]) ** 0.5) for shape in cnn.SHAPES]
     operations = 3 * sum(2 * 9 * i * o * w * w for (i, o), w in zip(cnn.LAYERS, [64, *[32] * 5, *[16] * 5, *[8] * 4]))
     operations -= 2 * 9 * 3 * 16 * 64 * 64  # frames need no gradient

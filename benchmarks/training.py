@@ -1,17 +1,17 @@
-"""Whole training runs on a machine that does nothing else: steps a second, their ratio to the first run's, policy lag, return
-and memory, as a Markdown table.
+"""Whole training runs on a machine that does nothing else: steps a second, their ratio to the first run's, policy lag,
+return and memory, as a Markdown table.
 
-    python benchmarks/training.py agents                       the seven agents of the paper, two minutes each
-    python benchmarks/training.py agents --steps 10000000      the same for ten million steps each
-    python benchmarks/training.py costs --seconds 20           one agent: cores, environments, games, batch, head size
-    python benchmarks/training.py costs --only "default|game"  those rows alone
-    python benchmarks/training.py costs --turns 5 --seconds 8  all at once, by turns of 8 seconds: where others disturb
-    python benchmarks/training.py scaling                      one agent on 1, 2, 4, ... GPUs with as many cores for each
-    python benchmarks/training.py agents --env maze            what it does not know goes to the scripts
+    python benchmarks/training.py agents                       the seven agents of the paper, two minutes each python
+    benchmarks/training.py agents --steps 10000000      the same for ten million steps each python
+    benchmarks/training.py costs --seconds 20           one agent: cores, environments, games, batch, head size python
+    benchmarks/training.py costs --only "default|game"  those rows alone python benchmarks/training.py costs --turns 5
+    --seconds 8  all at once, by turns of 8 seconds: where others disturb python benchmarks/training.py scaling
+    one agent on 1, 2, 4, ... GPUs with as many cores for each python benchmarks/training.py agents --env maze
+    what it does not know goes to the scripts
 
-The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first status
-line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped: a ratio is
-that of two turns in one round, so that a host that is slower for a while slows both.
+The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first
+status line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped:
+a ratio is that of two turns in one round, so that a host that is slower for a while slows both.
 """
 
 import argparse
@@ -125,7 +125,8 @@ class Run:
         return done / seconds, self.lines[-1][1]
 
     def end(self):
-        """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in GB."""
+        """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in
+        GB."""
         os.kill(self.process.pid, signal.SIGTERM)
         os.kill(self.process.pid, signal.SIGCONT)
         _, status, usage = os.wait4(self.process.pid, 0)

@@ -137,7 +137,7 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
     score(first, second, "--num-levels", 1)
     out, error = capsys.readouterr()
     assert error.count(f"note: my_ablation.py has changed since it trained {first}/checkpoint.pt") == 1 == error.count("note")
-    assert len(set(re.findall("my_ablation code=([0-9a-f]{8})", out))) == 2
+    assert len(set(re.findall("my_ablation code ([0-9a-f]{8})", out))) == 2
     assert (first / "my_ablation.py").read_text() == text
     command(script, "--resume", first, "--total-steps", 40)
     assert f"my_ablation.py has changed since it trained {first}" in capsys.readouterr().out
