@@ -23,6 +23,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter, deque, namedtuple
@@ -76,9 +77,12 @@ class Args:
     """instead of scoring, draw what the self-referential matrices do in one episode: out.png"""
 
 
-def command_line(interface, **options):
+def command_line(text, interface, **options):
     """Parses the command line with a function of tyro, whose boxed error message becomes the one line of a
     ValueError."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        for part in text.rstrip().split("\n\n"):  # what is indented stays as it is
+            print(part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns), end="\n\n")
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
             return interface(**options)
@@ -239,9 +243,10 @@ def prepare(args):
         if sum(run.path.samefile(other.path) for other in runs) > 1:
             raise ValueError(f"runs must be named once each, got {run.path} twice")
         if run.games != runs[0].games or run.args.distribution_mode != runs[0].args.distribution_mode:
-            first, other = (f"{one.path}: {' '.join(one.games)} ({one.args.distribution_mode})" for one in (runs[0], run))
-            raise ValueError("runs must have the same games and distribution mode, or --env and --distribution-mode must "
-                             f"say which to compare; {first}; {other}")
+            first, other = (f"{one.path}: {' '.join(one.games)} ({one.args.distribution_mode})"
+                            for one in (runs[0], run))
+            raise ValueError("runs must have the same games and distribution mode, or --env and --distribution-mode "
+                             f"must say which to compare; {first}; {other}")
     first, abouts = runs[0], [run.about for run in runs]
     first.script.make_envs(first.args, first.games, len(first.games), seed=0)  # fail early if procgen cannot start
     if args.probe:
@@ -481,7 +486,7 @@ def main():
     open_streams()
     try:
         try:
-            args = command_line(tyro.cli, f=Args, description=__doc__)
+            args = command_line(__doc__, tyro.cli, f=Args, description="")
             runs = prepare(args)
             runs[0].script.keep_freed_memory()
         except BrokenPipeError:  # of --help | head

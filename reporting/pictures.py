@@ -185,11 +185,14 @@ def plot(runs, rows, scalars, target):
     draw_curves(left, found, mean, colors)
     left.set_title(f"{mean.split('/')[0].replace('_', ' ')} over training games (dashed: validation)")
     draw_bars(right, [row for row in rows if row["measure"] == measure and row["split"] != "gap"], models, colors)
-    right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return by level split, with 95 % intervals")
+    right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return with 95 % intervals (pale: training levels)")
     if len(games) > 1 or measure == "normalized":
-        for axis, game in zip(bottom.subplots(down, across, squeeze=False).flat, games):
-            draw_curves(axis, found, f"return/{game}", colors)
-            axis.set_title(f"{game}, return")
+        for axis, game in itertools.zip_longest(bottom.subplots(down, across, squeeze=False).flat, games):
+            if game is None:
+                axis.set_axis_off()
+            else:
+                draw_curves(axis, found, f"return/{game}", colors)
+                axis.set_title(f"{game}, return")
     labels = right.get_legend_handles_labels()[1]
     figure.legend(loc="outside lower left", ncols=1 if max(map(len, labels)) > 80 else 2, fontsize=8)
     figure.savefig(target)
@@ -216,12 +219,13 @@ def draw_bars(axis, rows, models, colors):
     """For each game, and for all, a bar for each model and split; the more of its levels were trained on, the paler."""
     games = list(dict.fromkeys(row["game"] for row in rows))
     bars = list(dict.fromkeys((row["model"], row["split"]) for row in rows))
-    width = 0.8 / len(bars)
+    width, last = 0.8 / len(bars), dict(bars)  # split of each model, which is in the legend
     for i, (model, split) in enumerate(bars):
         these = [row for row in rows if (row["model"], row["split"]) == (model, split)]
         x = [games.index(row["game"]) + (i - (len(bars) - 1) / 2) * width for row in these]
         value, low, high = (np.array([row[key] for row in these]) for key in ("value", "low", "high"))
-        axis.bar(x, value, width * 0.92, color=colors[model], alpha=ALPHA[split], label=f"{model}, {split}")
+        label = model if last[model] == split else None
+        axis.bar(x, value, width * 0.92, color=colors[model], alpha=ALPHA[split], label=label)
         errors = np.abs([value - low, high - value])
         axis.errorbar(x, value, errors, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
     axis.set_xticks(range(len(games)), [*games[:-1], "all"])

@@ -43,8 +43,8 @@ def load(folder, file="checkpoint"):
         raise ValueError(f"{path} has no scores yet: python evaluate.py {path} --splits paper")
     for name, record in records.items():
         if record["step"] != checkpoint["step"]:
-            raise ValueError(f"{folder / name} is of step {record['step']:,} and {path.name} of step {checkpoint['step']:,}: "
-                             f"score it again")
+            raise ValueError(f"{folder / name} is of step {record['step']:,} and {path.name} of step "
+                             f"{checkpoint['step']:,}: score it again")
     return checkpoint, records
 
 
@@ -61,7 +61,8 @@ def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
     """
     if not runs:
         raise ValueError("runs must be named: folders of runs that evaluate.py has scored")
-    for run, (checkpoint, records) in [(run, load(run)) for run in runs]:  # all of them are looked at before any is written
+    loaded = [load(run) for run in runs]  # all of them, before anything is written
+    for run, (checkpoint, records) in zip(runs, loaded):
         kept = RESULTS / run.resolve().name
         kept.mkdir(parents=True, exist_ok=True)
         for old in kept.glob("evaluation_*.json"):
@@ -88,7 +89,8 @@ def write_curve(path, curves):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", *columns])
         for step in (steps[i] for i in kept):
-            writer.writerow([int(step), *(f"{column[step]:.6g}" if step in column else "" for column in columns.values())])
+            values = [f"{column[step]:.6g}" if step in column else "" for column in columns.values()]
+            writer.writerow([int(step), *values])
 
 
 def read_curve(path):
@@ -125,17 +127,20 @@ def report():
     found = tables_of(sorted(path for path in RESULTS.glob("*") if path.is_dir()))
     if not found:
         raise ValueError(f"{RESULTS}/ holds no scores: python -m reporting.results add runs/NAME")
-    parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command line is "
-             "in its `arguments.json`."]
+    for old in RESULTS.glob("*.png"):
+        old.unlink()
+    parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command "
+             "line is in its `arguments.json`."]
     for mode, actions, *rest in sorted(found, key=lambda setting: -len(found[setting])):
         runs = found[mode, actions, *rest]
         rows, picture = tables.tabulate(runs), RESULTS / f"{mode}_{actions.replace(' ', '_')}.png"
-        while picture.name in "".join(parts):  # of other games or levels
-            picture = picture.with_stem(picture.stem + "_")
+        if same := sum(part.startswith(f"## {mode}") and part.endswith(f"{actions} actions") for part in parts):
+            picture = picture.with_stem(f"{picture.stem}_{same + 1}")  # of other games or levels
         for sentence in tables.odd_seeds([run.model for run in runs], [run.records[0] for run in runs]):
             print(f"note: {sentence}", file=sys.stderr)
         pictures.plot(runs, rows, [read_curve(run.path / "curve.csv") for run in runs], picture)
-        parts += [f"## {mode}: {', '.join(runs[0].records[0]['games'])}; {actions} actions", tables.markdown(runs, rows),
+        games = ", ".join(runs[0].records[0]["games"])
+        parts += [f"## {mode}: {games}; {actions} actions", tables.markdown(runs, rows),
                   f"![learning curves and scores]({picture.name})"]
     (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
     print(RESULTS / "README.md")
@@ -185,7 +190,8 @@ def main():
     evaluate.open_streams()
     commands = dict(add=add, report=report, release=release)
     try:
-        evaluate.command_line(tyro.extras.subcommand_cli_from_dict, subcommands=commands, description=__doc__)
+        interface = tyro.extras.subcommand_cli_from_dict
+        evaluate.command_line(__doc__, interface, subcommands=commands, prog="reporting.results", description="")
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -137,7 +137,10 @@ torch.manual_seed(1)  # of which the episodes are short
 SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 
 
-@pytest.mark.parametrize("agent", [Clock(), Diverging(), Witness(), SRWM], ids=["clock", "diverging", "witness", "srwm"])
+AGENTS = {"clock": Clock(), "diverging": Diverging(), "witness": Witness(), "srwm": SRWM}
+
+
+@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level. Every unroll_length steps a state is reset that has diverged, or is not to be
@@ -158,7 +161,8 @@ def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(trai
 
 def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     args, levels = script.Args(cuda=False, bf16=False, unroll_length=7), [("fruitbot", level) for level in range(4)]
-    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
+    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels)
+                      for carry in (True, False))
     assert carried.tolist() != reset.tolist()
 
 
@@ -202,9 +206,10 @@ def test_where_every_state_counts_as_diverged_none_is_carried(device, few_slots,
     assert evaluate.play(script, agent, args, LEVELS).tolist() == reset.tolist()
 
 
-def test_each_step_of_an_episode_has_a_random_number_of_its_own(few_slots):
+def test_each_step_of_an_episode_has_a_random_number_of_its_own(few_slots, monkeypatch):
     """However long it is: those of level 8 of fruitbot, game number 1, come from a generator of its own."""
     policy = evaluate.Policy(script, Clock(), script.Args(cuda=False), greedy=False, seed=3)
+    monkeypatch.setattr(policy, "forward", lambda: torch.zeros(4))  # what is drawn does not depend on what is played
     policy.begin_episode(2, "fruitbot", 8)
     drawn = [policy.act() is None or policy.uniform[2] for _ in range(9000)]
     assert drawn == np.random.default_rng([3, 1, 8]).random(9000, dtype=np.float32).tolist()
@@ -297,7 +302,8 @@ def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, caps
     checkpoint = torch.load(runs[1] / "checkpoint.pt")
     torch.save(checkpoint | {"step": 10}, runs[1] / "checkpoint.pt")
     score(*runs, "copy", "--num-levels", 1)
-    assert capsys.readouterr().err.count("note: the runs of srwm have the seeds (1, 2, 1) and the steps (20, 10, 20)\n") == 1
+    note = "note: the runs of srwm have the seeds (1, 2, 1) and the steps (20, 10, 20)\n"
+    assert capsys.readouterr().err.count(note) == 1
 
 
 def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(trained, score, capsys):
@@ -348,7 +354,8 @@ def test_the_tables_of_known_returns():
         ("maze", "normalized", "gap"): (0.75, 0.5 / 2**0.5), ("bigfish", "return", "train"): (20.5, 39 / 2**0.5),
         ("all", "normalized", "train"): (0.75, 0.5 / 2**0.5), ("all", "normalized", "test"): (0.125, 0.25 / 2**0.5),
         ("all", "normalized", "gap"): (0.625, 0.25 / 2**0.5),
-        ("all", "normalized IQM", "train"): (1.0, 0.5 / 2**0.5),  # the mean of 1 and 1, without the lowest, 0, and another 1
+        # The mean of 1 and 1, without the lowest, 0, and another 1.
+        ("all", "normalized IQM", "train"): (1.0, 0.5 / 2**0.5),
         ("all", "normalized IQM", "test"): (0.0, 0.25 / 2**0.5),
     }
     for key, (value, std) in expected.items():
@@ -360,8 +367,9 @@ def test_the_tables_of_known_returns():
 @pytest.mark.parametrize("changes, names", [
     ([{}, {"seed": 2}], ["srwm", "srwm"]),
     ([{}, {"trained_games": ["maze"]}], ["srwm 2 games", "srwm maze"]),
-    ([{}, {"flags": {"total_steps": "--total-steps 50000000", "seed": "--seed 2"}}], ["srwm", "srwm --total-steps 50M"]),
-    ([{"flags": {"batch_size": "--batch-size 64"}}, {"flags": {"batch_size": "--batch-size 64"}}], ["srwm", "srwm"]),
+    ([{}, {"flags": {"total_steps": "--total-steps 50000000", "seed": "--seed 2"}}],
+     ["srwm", "srwm --total-steps 50M"]),
+    ([{"flags": {"batch_size": "--batch-size 64"}}] * 2, ["srwm", "srwm"]),
     ([{"code": "12345678"}, {"code": "abcdefab"}], ["srwm code 12345678", "srwm code abcdefab"]),
     ([{}, {"script": "mine.py", "file": "best"}], ["srwm", "mine"]),
     ([{}, {"file": "best"}], ["srwm", "srwm best"]),
@@ -373,7 +381,8 @@ def test_models_are_named_by_what_differs_between_runs_of_a_script(changes, name
 def test_text_and_markdown_say_the_same():
     rows = tables.tabulate(RUNS)
     markdown, text = tables.markdown(RUNS, rows), tables.text(RUNS, rows)
-    assert "| maze | srwm | 2 | 10.00 ± 0.00 [10.00, 10.00] | 6.25 ± 1.77 [5.00, 7.50] | 3.75 ± 1.77 [2.50, 5.00] |" in markdown
+    train, test, gap = "10.00 ± 0.00 [10.00, 10.00]", "6.25 ± 1.77 [5.00, 7.50]", "3.75 ± 1.77 [2.50, 5.00]"
+    assert f"| maze | srwm | 2 | {train} | {test} | {gap} |" in markdown
     for line in [line for table in tables.cells(rows) for line in table]:
         assert f"| {' | '.join(line)} |" in markdown
         assert any(all(cell in row for cell in line) for row in text.splitlines())
@@ -413,7 +422,8 @@ def test_intervals_are_over_seeds_and_levels():
 
 def test_statistics_of_known_returns():
     found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, RANGES)
-    assert found["games"]["maze"]["mean_return"] == 7.5 and found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
+    assert found["games"]["maze"]["mean_return"] == 7.5
+    assert found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
     assert found["games"]["maze"]["normalized"] == 0.5 and found["games"]["bigfish"]["normalized"] == 0.5
     assert found["mean"] == {"mean_return": 14.0, "normalized": 0.5}
     assert np.isclose(found["games"]["bigfish"]["standard_error"], np.std([1, 1, 40, 40], ddof=1) / 2)
@@ -427,7 +437,8 @@ def test_folders_without_a_checkpoint_are_left_out(trained, score, refused, caps
     capsys.readouterr()
     score(*sorted((tmp_path / "runs").iterdir()), "--num-levels", 1)
     out, error = capsys.readouterr()
-    assert f"{trained}/checkpoint.pt: srwm" in out and "there is no checkpoint.pt in " in error and "runs/empty" in error
+    assert f"{trained}/checkpoint.pt: srwm" in out
+    assert "there is no checkpoint.pt in " in error and "runs/empty" in error
     refused(lambda: score(tmp_path / "runs" / "empty"), "empty/checkpoint.pt: no such file")
 
 
@@ -498,15 +509,16 @@ def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece
     ("--splits", "--splits must be train, test, paper or first levels, got none"),
     ("--splits 0 100", "--splits must not overlap"),
     ("--splits test runs", "(runs come first: evaluate.py RUNS --splits ...)"),
-    ("--distribution-mode exploration", "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
-    ("--format html", "--format: invalid choice 'html' (choose from 'text', 'markdown', 'csv', 'json')"),
+    ("--distribution-mode exploration", "must be one of easy, hard, extreme, memory, got exploration"),
+    ("--format html", "'html' for argument '--format'. Expected one of ('text', 'markdown', 'csv', 'json')"),
     ("--video out.avi", "--video must end in .mp4 or .gif"),
     ("--video nowhere/out.gif", "--video must be in a folder that exists"),
     ("--greed", "--greed"),
 ])
 def test_bad_arguments_are_refused(words, expected, trained, score, refused, capsys):
     capsys.readouterr()
-    refused(lambda: score(*[trained if word == "runs" else word for word in words.split()]), "evaluate.py: error: ", expected)
+    words = [trained if word == "runs" else word for word in words.split()]
+    refused(lambda: score(*words), "evaluate.py: error: ", expected)
 
 
 def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train, score, refused, capsys):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = [path for folder in (".", "reporting", "srwm_cuda", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")]
-OWN = {path.stem for path in FILES} | {"reporting", "srwm_cuda", "benchmarks", "tests"}
+FOLDERS = ("reporting", "srwm_cuda", "benchmarks", "tests")
+FILES = [path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")]
+OWN = {path.stem for path in FILES} | set(FOLDERS)
 
 
 def imported(path):

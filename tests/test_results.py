@@ -24,7 +24,8 @@ def scored_once(trained_once, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "SLOTS", {"cpu": 4})
         patch.setattr(evaluate, "VECTOR", {"cpu": 2})
-        patch.setattr(sys, "argv", [evaluate.__file__, str(run), *"--splits train 1000 --num-levels 1 --no-cuda".split()])
+        words = "--splits train 1000 --num-levels 1 --no-cuda"
+        patch.setattr(sys, "argv", [evaluate.__file__, str(run), *words.split()])
         evaluate.main()
     return run
 
@@ -56,8 +57,9 @@ def test_what_is_kept_of_a_run_is_its_command_line_arguments_scores_and_curve(sc
     kept = Path("results", scored.name)
     arguments = json.loads((kept / "arguments.json").read_text())
     assert arguments["args"] == torch.load(scored / "checkpoint.pt")["args"] and arguments["step"] == 20
-    words = "--multi-env 2 --num-actors 2 --num-envs 4 --total-steps 20 --unroll-length 5 --batch-size 4"
-    assert set(arguments["command"].split()) == {"python", "impala_procgen_srwm.py", "--log-interval", "0.0", *words.split()}
+    flags = "--multi-env 2 --num-actors 2 --num-envs 4 --total-steps 20 --unroll-length 5 --batch-size 4"
+    words = {"python", "impala_procgen_srwm.py", "--log-interval", "0.0", *flags.split()}
+    assert set(arguments["command"].split()) == words
     for name in ("evaluation_easy_0_1.json", "evaluation_easy_1000_1.json"):
         assert json.loads((kept / name).read_text()) == json.loads((scored / name).read_text())
     steps, values = results.read_curve(kept / "curve.csv")["return/bigfish"]
@@ -66,7 +68,8 @@ def test_what_is_kept_of_a_run_is_its_command_line_arguments_scores_and_curve(sc
 
 
 def test_a_curve_keeps_the_steps_at_which_a_game_had_no_episode_empty(tmp_path):
-    curves = {"return/maze": np.array([[5, 10], [1.0, 2.0]]), "return/leaper": np.array([[10], [0.5]]), "SPS": np.ones((2, 2))}
+    curves = {"return/maze": np.array([[5, 10], [1.0, 2.0]]), "return/leaper": np.array([[10], [0.5]]),
+              "SPS": np.ones((2, 2))}
     results.write_curve(tmp_path / "curve.csv", curves)
     assert (tmp_path / "curve.csv").read_text() == "step,return/maze,return/leaper\n5,1,\n10,2,0.5\n"
     found = results.read_curve(tmp_path / "curve.csv")
