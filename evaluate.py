@@ -1,14 +1,16 @@
-"""Scores checkpoints: plays each level of one or more splits exactly once per game, and prints two tables.
+"""Scores agents: plays each level of one or more splits exactly once per game, and prints two tables.
 
-    python evaluate.py runs/A runs/B --splits paper       training levels and the three test splits, all runs in one table
-    python evaluate.py --start-level 1000                 newest checkpoint under runs/, levels 1000 to 1199
-    python evaluate.py runs/A --video out.mp4             the agent playing all its games; also --plot out.png, --probe out.png
+    python evaluate.py runs/A runs/B --splits paper    training levels and the three test splits, all runs in one table
+    python evaluate.py --start-level 1000              newest checkpoint under runs/, levels 1000 to 1199
+    python evaluate.py runs/A --video out.mp4          the agent playing all its games; also --plot and --probe, out.png
+    python evaluate.py pretrained/srwm.pt              a file of weights alone is as good as a run
 
-Agent, environments and normalisation are those of the script which the checkpoint names: any impala_procgen_*.py, or your
-own copy beside this file.
-The paper's splits have 200 levels each: the training levels, and tests that start at 1000, 1200 and 1400.
+Agent, environments and normalisation are those of the script which the checkpoint names: any impala_procgen_*.py, or
+your own copy beside this file. The paper's splits have 200 levels each: the training levels, and tests that start at
+1000, 1200 and 1400. The return of every level goes to JSON files beside the checkpoint, but those of pretrained/NAME.pt
+to runs/NAME.
 
-To be read from top to bottom: arguments, runs, playing, main. Statistics and tables are in tables.py, pictures in pictures.py.
+To be read from top to bottom: arguments, runs, playing, main. Statistics, tables and pictures are in reporting/.
 """
 
 import contextlib
@@ -18,20 +20,23 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 
-from tables import FORMATS, summarize, tabulate
+from reporting import tables
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 SLOTS = {"cpu": 32, "cuda": 64}  # environments that a thread plays at once: the batch of its agent
@@ -43,10 +48,8 @@ ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """run folders or checkpoint files to score (none: the newest runs/*/checkpoint.pt)"""
-    checkpoint: Path | None = None
-    """the same for a single run"""
     splits: tuple[str, ...] | None = None
-    """train (a run's own training levels), test (1000 1200 1400), paper (both), or first levels (None: --start-level)"""
+    """train (a run's own levels), test (1000 1200 1400), paper (both), or first levels (None: --start-level)"""
     start_level: int = 0
     """first level, if --splits names none"""
     num_levels: int = 200
@@ -62,9 +65,10 @@ class Args:
     cuda: bool = torch.cuda.is_available()
     """compute on the GPU"""
     bf16: bool | None = None
-    """run the CNN in bfloat16, so coarse that another kind of machine plays otherwise (None: on a CPU that computes in it)"""
-    format: str = "text"
-    """of the tables: text, markdown, csv or json"""
+    """run the CNN in bfloat16; machines of another kind then play other episodes (None: on a CPU that computes in
+    it)"""
+    format: Literal["text", "markdown", "csv", "json"] = "text"
+    """of the tables"""
     plot: Path | None = None
     """draw learning curves and scores into this picture, such as out.png"""
     video: Path | None = None
@@ -73,39 +77,42 @@ class Args:
     """instead of scoring, draw what the self-referential matrices do in one episode: out.png"""
 
 
-def command_line():
-    """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
+def command_line(text, interface, **options):
+    """Parses the command line with a function of tyro, whose boxed error message becomes the one line of a
+    ValueError."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        for part in text.rstrip().split("\n\n"):  # what is indented stays as it is
+            print(part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns), end="\n\n")
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
-            return tyro.cli(Args, description=__doc__)
+            return interface(**options)
         except SystemExit as end:
             if end.code:
-                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # less the title and the last rule
-                raise ValueError(" ".join(" ".join(line for line in lines if line.strip("─-")).split())) from None
+                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # without the frame
+                message = " ".join(line for line in lines if line.strip("─-"))
+                raise ValueError(" ".join(message.split())) from None
             raise
 
 
-Split = namedtuple("Split", "first count column")  # column of the tables: train, test, or mixed if it has levels of both kinds
+Split = namedtuple("Split", "first count column")  # of the tables: train, test, or mixed if it has levels of both kinds
 
 
 @dataclass
 class Run:
     path: Path
     script: object  # the module
-    checkpoint: dict
-    trained: object  # its script's arguments, complete
+    trained: object  # its script's arguments, resolved
     args: object  # the same with the distribution mode to play
     games: list
     agent: torch.nn.Module
     splits: list
-    greedy: bool
-    key: dict  # what it shares with runs of other seeds
-    returns: dict = field(default_factory=dict)  # of each split, (games, levels)
-    model: str = ""
+    about: dict  # what every record of it says
+    model: str = ""  # its name in the tables
+    records: list = field(default_factory=list)  # one for each split that was played: what goes into a JSON file
 
 
 def script_of(path):
-    """The name of the script whose checkpoint this is. ValueError if it is none; the script itself looks closer at it."""
+    """The name of the script whose checkpoint this is. ValueError if it is none; the script itself checks the rest."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own for a damaged file
@@ -119,8 +126,8 @@ def import_script(name):
     """The training script `name` beside this file, as a module. ValueError if there is none of that name."""
     path = Path(__file__).parent / name
     if Path(name).name != name or path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}; the run's "
-                         "folder has a copy that you can put there")
+        raise ValueError(f"the checkpoint's script, {name}, is not a Python file beside {Path(__file__).name}; "
+                         "the run's folder has a copy that you can put there")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     try:
@@ -133,18 +140,19 @@ def import_script(name):
 
 
 def choose_splits(args, mode, games, script, history):
-    """The splits that the arguments ask for. Which column of the tables they are for depends on what the run has seen: history
-    is a list of arguments and games, its own and then those of the runs with whose weights it began."""
+    """The splits that the arguments ask for. Their columns in the tables depend on what the run has seen: history is a
+    list of arguments and games, its own and then those of the runs with whose weights it began."""
     trained, _ = history[0]
     words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
     if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:
-        runs_first = " (runs come first: evaluate.py RUNS --splits ...)" if Path(wrong[0]).exists() or "/" in wrong[0] else ""
-        raise ValueError(f"--splits must be train, test, paper or first levels, got {wrong[0]}{runs_first}")
+        is_run = Path(wrong[0]).exists() or "/" in wrong[0]
+        hint = " (runs come first: evaluate.py RUNS --splits ...)" if is_run else ""
+        raise ValueError(f"--splits must be train, test, paper or first levels, got {wrong[0]}{hint}")
     own = (trained.start_level, min(args.num_levels, trained.num_levels or 2**31))
     splits, last = [], None
     for first, count in sorted({own if word == "train" else (int(word), args.num_levels) for word in words}):
         if last is not None and first <= last:
-            raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two of them")
+            raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two")
         last = first + count - 1
         script.check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
         column = "test"
@@ -161,18 +169,10 @@ def load_run(path, args):
     """The run of a folder or checkpoint file, ready to be played. Raises ValueError for what is not allowed."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{'--checkpoint' if args.checkpoint else 'runs'} must be folders with a checkpoint.pt, or checkpoint "
-                         f"files; {path}: no such file")
+        raise ValueError(f"runs must be folders with a checkpoint.pt, or checkpoint files; {path}: no such file")
     script = import_script(script_of(path))
     checkpoint = script.load_checkpoint(path, None)
-    if checkpoint.get("sha256") not in (None, hashlib.sha256(script.SOURCE.encode()).hexdigest()):
-        print(f"note: {checkpoint['script']} has changed since it trained {path}, whose folder has a copy of it as it was",
-              file=sys.stderr)
-    bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
-    here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)  # for this machine
-    known = {field.name for field in fields(script.Args)}
-    history = [script.complete(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
-               for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
+    history = resolve_history(script, checkpoint, args)
     trained, trained_games = history[0]
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
     if len(set(games)) < len(games):
@@ -180,28 +180,39 @@ def load_run(path, args):
     splits = choose_splits(args, mode, games, script, history)
     agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
     script.load_weights(agent, checkpoint)
-    managing = {"exp_name", "seed", "track", "profile", "env", "multi_env", "init_from", *here}
-    shared = {name: value for name, value in vars(trained).items()
-              if name not in managing and not name.startswith(("wandb_", "log_", "save_", "valid_"))}
-    begun_with = [Path(before["exp_name"]).name for before in checkpoint.get("before", ())]
-    key = dict(script=checkpoint["script"], file=path.name, games=" ".join(trained_games), bf16=checkpoint["args"].get("bf16"),
-               init_from=" ".join(begun_with) or None, code=checkpoint.get("sha256", "")[:8]) | shared
-    return Run(path, script, checkpoint, trained, replace(trained, distribution_mode=mode), games, agent, splits, args.greedy,
-               key)
+    about = describe(path, script, checkpoint, *history[0])
+    if about["run"] and about["code"] != hashlib.sha256(script.SOURCE.encode()).hexdigest()[:8]:
+        print(f"note: {about['script']} has changed since it trained {path}, whose folder has a copy of it as it was",
+              file=sys.stderr)
+    return Run(path, script, trained, replace(trained, distribution_mode=mode), games, agent, splits, about)
 
 
-def name_models(runs):
-    """Names each run's model: its script, and in what it differs from the other models of that script. Says what is odd."""
-    for run in runs:
-        others = [other.key for other in runs if other.key["script"] == run.key["script"]]
-        differs = [f"{name}={value}" for name, value in run.key.items()
-                   if name != "file" and any(other[name] != value for other in others)]
-        file = [] if run.path.stem == "checkpoint" else [run.path.stem]
-        run.model = " ".join([Path(run.key["script"]).stem.removeprefix("impala_procgen_"), *differs, *file])
-    for model in dict.fromkeys(run.model for run in runs):
-        seeds, steps = zip(*[(run.trained.seed, run.checkpoint["step"]) for run in runs if run.model == model])
-        if len(set(seeds)) < len(seeds) or len(set(steps)) > 1:
-            print(f"note: the runs of {model} have the seeds {seeds} and the steps {steps}", file=sys.stderr)
+def resolve_history(script, checkpoint, args):
+    """[(arguments as this machine needs them, games)] of the checkpoint's run, then of those with whose weights it
+    began."""
+    bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
+    here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)
+    known = {field.name for field in fields(script.Args)}  # those of an older version may be gone
+    return [script.complete(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
+            for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
+
+
+def describe(path, script, checkpoint, trained, trained_games):
+    """What every record of a run says about it. Its flags are those that differ from the script's defaults, as
+    typed."""
+    flags = {}
+    for argument in fields(script.Args):
+        value = checkpoint["args"].get(argument.name, argument.default)
+        if argument.name not in ("cuda", "resume") and value != argument.default:
+            flag = argument.name.replace("_", "-")
+            switch = f"--{'no-' * (not value)}{flag}"
+            flags[argument.name] = switch if argument.type is bool else f"--{flag} {shlex.quote(str(value))}"
+    first, count = trained.valid_start_level, trained.valid_num_levels
+    return dict(run=path.resolve().parent.name if checkpoint["optimizer"] else None, file=path.stem,
+                script=checkpoint["script"], code=checkpoint.get("sha256", "")[:8], flags=flags,
+                init_from=[Path(before["exp_name"]).name for before in checkpoint.get("before", ())],
+                trained_games=trained_games, seed=trained.seed, step=checkpoint["step"],
+                validation=[first, first + count - 1] if count else None, bf16=trained.bf16)
 
 
 def prepare(args):
@@ -214,18 +225,13 @@ def prepare(args):
         raise ValueError("--splits must be train, test, paper or first levels, got none")
     if args.splits and args.start_level:
         raise ValueError("--start-level and --splits exclude each other: --splits takes first levels too")
-    if args.checkpoint and args.runs:
-        raise ValueError("--checkpoint and runs exclude each other: name all of them as runs")
-    if args.format not in FORMATS:
-        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {args.format}")
     if args.plot or args.video or args.probe:
-        pictures = importlib.import_module("pictures")
+        pictures = importlib.import_module("reporting.pictures")
         pictures.check(args)
-    paths = [args.checkpoint] if args.checkpoint else list(args.runs)
+    newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
+    paths = list(args.runs) or newest
     if not paths:
-        paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
-    if not paths:
-        raise ValueError("runs or --checkpoint is missing, and there is no checkpoint under runs/")
+        raise ValueError("runs must name folders or checkpoint files, since there is no checkpoint under runs/")
     if len(paths) > 1 and (args.video or args.probe):
         raise ValueError(f"--{'video' if args.video else 'probe'} shows a single run, got {len(paths)}")
     if empty := [path for path in paths if path.is_dir() and not (path / "checkpoint.pt").is_file()]:
@@ -237,19 +243,24 @@ def prepare(args):
         if sum(run.path.samefile(other.path) for other in runs) > 1:
             raise ValueError(f"runs must be named once each, got {run.path} twice")
         if run.games != runs[0].games or run.args.distribution_mode != runs[0].args.distribution_mode:
-            mine, first = (f"{run.path}: {' '.join(run.games)} ({run.args.distribution_mode})" for run in (run, runs[0]))
-            raise ValueError(f"runs must have the same games and distribution mode, or --env and --distribution-mode must say "
-                             f"which to compare; {first}; {mine}")
-    first = runs[0]
-    first.script.make_envs(first.args, first.games, len(first.games), seed=0)  # whatever ails the engine shows here
+            first, other = (f"{one.path}: {' '.join(one.games)} ({one.args.distribution_mode})"
+                            for one in (runs[0], run))
+            raise ValueError("runs must have the same games and distribution mode, or --env and --distribution-mode "
+                             f"must say which to compare; {first}; {other}")
+    first, abouts = runs[0], [run.about for run in runs]
+    first.script.make_envs(first.args, first.games, len(first.games), seed=0)  # fail early if procgen cannot start
     if args.probe:
         pictures.check_probe(first)
-    name_models(runs)
+    names = tables.name_models(abouts)
+    for run, name in zip(runs, names):
+        run.model = name
+    for sentence in tables.odd_seeds(names, abouts):
+        print(f"note: {sentence}", file=sys.stderr)
     return runs
 
 
 def make_level(script, args, game, level, num=1, **options):
-    """`num` of the script's environments that start at this level of the game, and know no other; the caller steps them."""
+    """`num` of the script's environments that know this level of the game and no other; the caller steps them."""
     return script.make_envs(replace(args, start_level=level, num_levels=1), [game], num, seed=0, **options)
 
 
@@ -267,9 +278,9 @@ class Policy:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
         self.host = (torch.zeros(B, 64, 64, 3, dtype=torch.uint8, pin_memory=cuda), torch.zeros(4, B, pin_memory=cuda))
         self.inputs = [x.to(self.device) for x in self.host]  # on a CPU, the same tensors
-        self.frames, (self.reward, self.begin, self.reset, self.uniform) = (x.numpy() for x in self.host)
+        self.frames, (self.reward, self.begin, self.unroll_begins, self.uniform) = (x.numpy() for x in self.host)
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)
-        self.step, self.random = np.zeros(B, dtype=np.int64), np.zeros((B, 8192), dtype=np.float32)
+        self.step, self.generators = np.zeros(B, dtype=np.int64), [np.random.default_rng(0) for _ in range(B)]
         self.initial, self.state = agent.initial_state(B), agent.initial_state(B)
         self.stream = torch.cuda.Stream() if cuda and graph else None
         if self.stream:
@@ -282,15 +293,17 @@ class Policy:
         """What is random in an episode depends on its game and level alone."""
         self.step[slot] = self.reward[slot] = 0
         if not self.greedy:
-            generator = np.random.default_rng([self.seed, list(self.script.RETURN_RANGE).index(game), level])
-            self.random[slot] = generator.random(self.random.shape[1], dtype=np.float32)
+            number = list(self.script.RETURN_RANGE).index(game)
+            self.generators[slot] = np.random.default_rng([self.seed, number, level])
 
     @torch.no_grad()
     def forward(self):
-        frames, (reward, begin, reset, uniform) = self.inputs
-        state = [torch.where(reset.bool().view(-1, *[1] * (old.ndim - 1)), first, old)
-                 for first, old in zip(self.initial, self.state)]
-        logits, _, state = self.agent(frames[None], reward[None], begin[None].bool(), tuple(state))
+        frames, (reward, begin, unroll_begins, uniform) = self.inputs
+        state = choose(begin if self.args.carry_state else unroll_begins, self.initial, self.state)
+        checked = [part.clone() for part in state]
+        self.script.begin_diverged_anew(self.agent, checked)  # as actors do with each unroll
+        state = choose(unroll_begins, checked, state)
+        logits, _, state = self.agent(frames[None], reward[None], begin[None].bool(), state)
         for old, new in zip(self.state, state):
             old.copy_(new)
         if self.greedy:
@@ -300,18 +313,24 @@ class Policy:
     def act(self):
         """Actions (B,) for `frames` and `reward`, as a NumPy array."""
         self.begin[:] = self.step == 0
-        self.reset[:] = self.begin if self.args.carry_state else self.step % self.args.unroll_length == 0
-        self.uniform[:] = self.random[np.arange(len(self.step)), self.step % self.random.shape[1]]
+        self.unroll_begins[:] = self.step % self.args.unroll_length == 0
+        if not self.greedy:
+            self.uniform[:] = [generator.random(dtype=np.float32) for generator in self.generators]
         self.step += 1
-        for mine, theirs in zip(self.inputs, self.host):
-            mine.copy_(theirs, non_blocking=True)
+        for on_device, on_host in zip(self.inputs, self.host):
+            on_device.copy_(on_host, non_blocking=True)
         self.action.copy_(self.forward(), non_blocking=True)
         self.script.synchronize()
         return self.action.numpy()
 
 
+def choose(which, new, old):
+    """Each environment's state: its part of `new` where `which` (B,) is not 0, and else of `old`."""
+    return tuple(torch.where(which.bool().view(-1, *[1] * (then.ndim - 1)), now, then) for now, then in zip(new, old))
+
+
 class Vector:
-    """Environments that play the levels of one game at a time, in some of a policy's slots: as one ends, the next begins."""
+    """Environments that play the levels of one game at a time, in some of a policy's slots."""
 
     def __init__(self, policy, slots, todo, returns):
         self.policy, self.slots, self.todo, self.returns = policy, slots, todo, returns
@@ -331,6 +350,8 @@ class Vector:
                 self.playing[n], level = self.todo[self.game].popleft()
             except IndexError:  # other threads take from it too
                 break
+            # An engine plays the levels that it was made for. So environment n gets its level as the state of another
+            # engine, which was made for that level alone and has not moved yet.
             state = self.make(level).get_state()[0]
             self.envs.call_c_func("set_state", n, state, len(state))
             self.policy.begin_episode(self.slots.start + n, self.game, level)
@@ -355,7 +376,8 @@ class Vector:
 
 
 def play_slots(policy, todo, returns, progress, stop):
-    """Plays what is left to do, {game: (number, level)}, in the slots of a policy; adds up the returns of each number."""
+    """Plays what is left to do, {game: deque of (number, level)}, in a policy's slots; adds to the returns by
+    number."""
     torch.set_num_threads(1)  # in this thread; the other cores have threads of their own
     size = VECTOR[policy.device.type]
     vectors = [Vector(policy, slice(first, first + size), todo, returns) for first in range(0, len(policy.step), size)]
@@ -378,13 +400,15 @@ def play(script, agent, args, levels, greedy=True, seed=1, name="playing"):
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
     device = next(agent.parameters(), torch.zeros(())).device.type
-    most = max(1, script.num_cores() // (2 if device == "cuda" else 1))  # Python's threads share a lock: few, with much to do
-    policies = [Policy(script, agent, args, greedy, seed) for _ in range(min(most, len(todo) + len(levels) // SLOTS[device]))]
+    most = max(1, script.num_cores() // (2 if device == "cuda" else 1))  # Python's threads share a lock: few do more
+    count = min(most, len(todo) + len(levels) // SLOTS[device])
+    policies = [Policy(script, agent, args, greedy, seed) for _ in range(count)]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
     with ThreadPoolExecutor(len(policies)) as pool:
         try:
-            follow([pool.submit(play_slots, policy, todo, returns, mine, stop) for policy, mine in zip(policies, progress)],
-                   progress, len(levels), name)
+            players = [pool.submit(play_slots, policy, todo, returns, done, stop)
+                       for policy, done in zip(policies, progress)]
+            follow(players, progress, len(levels), name)
         finally:
             stop.set()
     return returns
@@ -408,21 +432,21 @@ def follow(players, progress, total, name):
 
 
 def score(run, args):
-    """Plays all splits of a run's games, and writes a JSON file for each split beside the checkpoint."""
+    """Plays all splits of a run's games. Each makes a record, and a JSON file of it."""
     levels = [(game, split.first + n) for split in run.splits for game in run.games for n in range(split.count)]
-    returns, written = play(run.script, run.agent, run.args, levels, args.greedy, args.seed, str(run.path)), []
+    returns = play(run.script, run.agent, run.args, levels, args.greedy, args.seed, str(run.path))
+    mode, written = run.args.distribution_mode, []
+    ranges = {game: run.script.RETURN_RANGE[game].get(mode) for game in run.games}
     for split in run.splits:
-        mode, size = run.args.distribution_mode, len(run.games) * split.count
-        run.returns[split], returns = returns[:size].reshape(len(run.games), -1), returns[size:]
-        results = summarize(dict(zip(run.games, run.returns[split].tolist())), mode, run.script.RETURN_RANGE)
-        results |= dict(run=run.path.resolve().parent.name, script=run.checkpoint["script"], seed=run.trained.seed,
-                        step=run.checkpoint["step"], distribution_mode=mode, start_level=split.first, num_levels=split.count,
-                        greedy=args.greedy, action_seed=args.seed, bf16=run.trained.bf16)
-        file, sampled = [run.path.stem] * (run.path.stem != "checkpoint"), ["sampled", args.seed] * (not args.greedy)
-        words = ["evaluation", *file, *args.env, mode, split.first, split.count, *sampled]
-        path = run.path.with_name("_".join(map(str, words)) + ".json")
+        now, returns = np.split(returns, [len(run.games) * split.count])
+        record = run.about | dict(distribution_mode=mode, start_level=split.first, num_levels=split.count,
+                                  column=split.column, greedy=args.greedy, action_seed=args.seed)
+        record |= tables.summarize(dict(zip(run.games, now.reshape(len(run.games), -1).tolist())), ranges)
+        run.records.append(record)
+        path = record_path(run, args, split)
         try:
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
             written.append(path)
         except OSError as error:
             print(f"not written: {error}", file=sys.stderr)
@@ -430,8 +454,16 @@ def score(run, args):
         print(f"every level's return: {', '.join(map(str, written))}", file=sys.stderr, flush=True)
 
 
+def record_path(run, args, split):
+    """The JSON file of a split: beside the checkpoint, but not beside weights alone, which others have published."""
+    folder = run.path.parent if run.about["run"] else Path("runs", run.path.stem)
+    file, sampled = [run.path.stem] * (run.path.stem != "checkpoint"), ["sampled", args.seed] * (not args.greedy)
+    words = ["evaluation", *file, *args.env, run.args.distribution_mode, split.first, split.count, *sampled]
+    return folder / ("_".join(map(str, words)) + ".json")
+
+
 def open_streams():
-    """Lets closed standard streams lead nowhere; what the terminal's character set lacks is printed as a question mark."""
+    """Lets closed standard streams lead nowhere; characters that the terminal lacks are printed as question marks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -454,7 +486,7 @@ def main():
     open_streams()
     try:
         try:
-            args = command_line()
+            args = command_line(__doc__, tyro.cli, f=Args, description="")
             runs = prepare(args)
             runs[0].script.keep_freed_memory()
         except BrokenPipeError:  # of --help | head
@@ -463,7 +495,7 @@ def main():
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         if args.plot or args.video or args.probe:
-            import pictures  # with libraries that nothing else needs
+            from reporting import pictures  # with libraries that nothing else needs
 
             make_policy = functools.partial(Policy, runs[0].script, runs[0].agent, runs[0].args, args.greedy, args.seed)
         if args.video:
@@ -473,16 +505,17 @@ def main():
         if args.plot or not (args.video or args.probe):
             for run in runs:
                 score(run, args)
-            rows = tabulate(runs)
-            show(FORMATS[args.format](runs, rows))
+            rows = tables.tabulate(runs)
+            show(tables.FORMATS[args.format](runs, rows))
         if args.plot:
-            pictures.plot(runs, rows, args.plot)
+            pictures.plot(runs, rows, [pictures.curves(run.path.parent) for run in runs], args.plot)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # of a disk that became full under a picture
         sys.exit(f"{Path(__file__).name}: stopped: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; --no-cuda needs none: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        sys.exit(f"{Path(__file__).name}: the GPU's memory is too small; --no-cuda needs none: {reason}")
 
 
 if __name__ == "__main__":

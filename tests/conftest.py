@@ -1,4 +1,5 @@
 import gc
+import shutil
 import signal
 import sys
 
@@ -47,6 +48,24 @@ def train(command, tmp_path):
         return new.pop() if new else None
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """The folder of a run of 20 steps, for tests that do not write to it."""
+    folder = tmp_path_factory.mktemp("trained_once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [impala_procgen_srwm.__file__, *SMALL, "--total-steps", "20"])
+        impala_procgen_srwm.main()
+    (run,) = folder.glob("runs/*")
+    return run
+
+
+@pytest.fixture
+def trained(trained_once, command, tmp_path):
+    """The folder of a run of 20 steps, under runs/ in the test's own folder."""
+    return shutil.copytree(trained_once, tmp_path / "runs" / trained_once.name)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import torch
 import evaluate
 import impala_procgen_lstm
 import impala_procgen_srwm as script
-import tables
+from reporting import tables
 
 
 def results(run, name):
@@ -30,25 +30,23 @@ def results(run, name):
 # One run
 
 
-def test_a_checkpoint_is_scored_on_its_games_and_twice_alike(train, score, capsys):
-    run = train("--total-steps", 20)
+def test_a_checkpoint_is_scored_on_its_games_and_twice_alike(trained, score, capsys):
     capsys.readouterr()
     score("--start-level", 1000, "--num-levels", 2)
-    first, out = (run / "evaluation_easy_1000_2.json").read_bytes(), capsys.readouterr().out
+    first, out = (trained / "evaluation_easy_1000_2.json").read_bytes(), capsys.readouterr().out
     for word in ("bigfish", "fruitbot", "test", "all games", "normalized IQM", "levels 1000 to 1001 (test)"):
         assert word in out
-    score("--start-level", 1000, "--num-levels", 2, "--checkpoint", run.relative_to(Path.cwd()))
-    assert (run / "evaluation_easy_1000_2.json").read_bytes() == first and capsys.readouterr().out == out
+    score(trained.relative_to(Path.cwd()), "--start-level", 1000, "--num-levels", 2)
+    assert (trained / "evaluation_easy_1000_2.json").read_bytes() == first and capsys.readouterr().out == out
     games = json.loads(first)["games"]
     assert list(games) == ["bigfish", "fruitbot"] and all(len(row["returns"]) == 2 for row in games.values())
 
 
-def test_the_papers_splits_have_a_file_each_and_share_the_tables(train, score, capsys):
-    run = train("--total-steps", 20)
+def test_the_papers_splits_have_a_file_each_and_share_the_tables(trained, score, capsys):
     capsys.readouterr()
-    score(run, "--splits", "paper", "--num-levels", 1, "--format", "json")
+    score(trained, "--splits", "paper", "--num-levels", 1, "--format", "json")
     found = json.loads(capsys.readouterr().out)
-    train_returns, *tests = ([np.mean(results(run, f"evaluation_easy_{first}_1.json")["games"][game]["returns"])
+    train_returns, *tests = ([np.mean(results(trained, f"evaluation_easy_{first}_1.json")["games"][game]["returns"])
                               for game in ("bigfish", "fruitbot")] for first in (0, 1000, 1200, 1400))
     value = {(row["game"], row["measure"], row["split"]): row["value"] for row in found["entries"]}
     for i, game in enumerate(("bigfish", "fruitbot")):
@@ -57,10 +55,9 @@ def test_the_papers_splits_have_a_file_each_and_share_the_tables(train, score, c
         assert value[game, "return", "gap"] == pytest.approx(train_returns[i] - np.mean(tests, axis=0)[i])
 
 
-def test_sampled_actions_and_other_games_and_modes(train, score):
-    run = train("--total-steps", 20)
+def test_sampled_actions_and_other_games_and_modes(trained, score):
     score("--no-greedy", "--num-levels", 2, "--env", "dodgeball", "caveflyer", "--distribution-mode", "memory")
-    found = results(run, "evaluation_dodgeball_caveflyer_memory_0_2_sampled_1.json")
+    found = results(trained, "evaluation_dodgeball_caveflyer_memory_0_2_sampled_1.json")
     assert list(found["games"]) == ["dodgeball", "caveflyer"] and "normalized" not in found["mean"]
 
 
@@ -72,14 +69,14 @@ def test_the_newest_checkpoint_is_taken(train, score, capsys):
     assert capsys.readouterr().out.startswith("runs/newer")
 
 
-def test_a_checkpoint_of_other_machines_and_versions_is_scored(train, score):
-    """Given by its folder; with a batch that this machine's default actors could not fill, and an argument long gone."""
-    run = train("--total-steps", 20)
-    checkpoint = torch.load(run / "checkpoint.pt")
+def test_a_checkpoint_of_other_machines_and_versions_is_scored(trained, score):
+    """Given by its folder; with a batch that this machine's default actors could not fill, and an argument long
+    gone."""
+    checkpoint = torch.load(trained / "checkpoint.pt")
     changes = dict(num_actors=None, num_envs=2, batch_size=500, an_argument_long_gone=1)
-    torch.save(checkpoint | {"args": checkpoint["args"] | changes}, run / "checkpoint.pt")
-    score("--num-levels", 1, "--checkpoint", run)
-    assert (run / "evaluation_easy_0_1.json").exists()
+    torch.save(checkpoint | {"args": checkpoint["args"] | changes}, trained / "checkpoint.pt")
+    score(trained, "--num-levels", 1)
+    assert (trained / "evaluation_easy_0_1.json").exists()
 
 
 # Playing
@@ -89,38 +86,46 @@ class Clock(torch.nn.Module):
     """Acts by the number of steps since its state was zero: seven steps to the right, seven to the left, and so on."""
 
     def initial_state(self, batch_size):
-        return (torch.zeros(batch_size),)
+        return (torch.zeros(batch_size, 1),)
 
     def forward(self, obs, reward, done, state):
-        right = state[0] % 14 < 7
+        right = state[0][:, 0] % 14 < 7
         return torch.nn.functional.one_hot(torch.where(right, 7, 1), 15).float()[None], None, (state[0] + 1,)
+
+
+class Diverging(Clock):
+    """The same, but its state counts as diverged when it is 10."""
+
+    state_bound = 10.0
 
 
 class Witness(torch.nn.Module):
     """Acts by a checksum of all that it was ever shown: frames, rewards, beginnings of episodes, in their order."""
 
     def initial_state(self, batch_size):
-        return (torch.zeros(batch_size, dtype=torch.int64),)
+        return (torch.zeros(batch_size, 1, dtype=torch.int64),)
 
     def forward(self, obs, reward, done, state):
         shown = obs[0].long().sum((1, 2, 3)) + 7 * (100 * reward[0]).round().long() + 13 * done[0].long()
-        checksum = (31 * state[0] + shown) % 100_003
-        return torch.nn.functional.one_hot(checksum % 15, 15).float()[None], None, (checksum,)
+        checksum = (31 * state[0] + shown[:, None]) % 100_003
+        return torch.nn.functional.one_hot(checksum[:, 0] % 15, 15).float()[None], None, (checksum,)
 
 
-def play_alone(agent, game, level, reset_every):
+def play_alone(agent, game, level, unroll_length=7, carry_state=True):
     """The return of one greedy episode in an environment of its own."""
     env = script.ProcgenGym3Env(1, game, num_levels=1, start_level=level, distribution_mode="easy", num_threads=0)
     assert env.get_info()[0]["level_seed"] == level
-    total, step = 0.0, 0
+    total, step, state = 0.0, 0, None
     while True:
         reward, obs, first = env.observe()
         if step > 0:
             total += reward[0]
             if first[0]:
                 return total
-        if step % reset_every == 0:
-            state = agent.initial_state(1)
+        if step % unroll_length == 0:
+            diverged = step > 0 and not max(part.abs().max() for part in state) < getattr(agent, "state_bound", np.inf)
+            if step == 0 or not carry_state or diverged:
+                state = agent.initial_state(1)
         with torch.no_grad():
             logits, _, state = agent(*(torch.from_numpy(x)[None] for x in (obs["rgb"], reward, first)), state)
         env.act(logits[0].argmax(-1).int().numpy())
@@ -132,13 +137,17 @@ torch.manual_seed(1)  # of which the episodes are short
 SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 
 
-@pytest.mark.parametrize("agent", [Clock(), Witness(), SRWM], ids=["clock", "witness", "srwm"])
+AGENTS = {"clock": Clock(), "diverging": Diverging(), "witness": Witness(), "srwm": SRWM}
+
+
+@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
-    """In float32, level by level; without carried state, the state is reset every unroll_length steps."""
+    """In float32, level by level. Every unroll_length steps a state is reset that has diverged, or is not to be
+    carried."""
     args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
     returns = evaluate.play(script, agent, args, LEVELS)
-    assert returns.tolist() == [play_alone(agent, *level, 10**6 if carry_state else 7) for level in LEVELS]
+    assert returns.tolist() == [play_alone(agent, *level, carry_state=carry_state) for level in LEVELS]
 
 
 def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(train, score):
@@ -147,12 +156,13 @@ def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(trai
     agent = script.Agent(script.Args(cuda=False, bf16=False))
     agent.load_state_dict(torch.load(run / "checkpoint.pt")["model"])
     for game, found in results(run, "evaluation_dodgeball_fruitbot_easy_1003_2.json")["games"].items():
-        assert found["returns"] == [play_alone(agent, game, level, 10**6) for level in (1003, 1004)]
+        assert found["returns"] == [play_alone(agent, game, level) for level in (1003, 1004)]
 
 
 def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     args, levels = script.Args(cuda=False, bf16=False, unroll_length=7), [("fruitbot", level) for level in range(4)]
-    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels) for carry in (True, False))
+    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels)
+                      for carry in (True, False))
     assert carried.tolist() != reset.tolist()
 
 
@@ -184,6 +194,25 @@ def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greed
     together = dict(zip(levels, evaluate.play(script, agent, args, levels, greedy)))
     some = levels[::-7]
     assert [together[level] for level in some] == evaluate.play(script, agent, args, some, greedy).tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_where_every_state_counts_as_diverged_none_is_carried(device, few_slots, monkeypatch):
+    monkeypatch.setitem(evaluate.SLOTS, "cuda", 32)
+    args = script.Args(cuda=device == "cuda", bf16=False, unroll_length=7)
+    agent = script.Agent(args).to(device)
+    reset = evaluate.play(script, agent, replace(args, carry_state=False), LEVELS)
+    agent.state_bound = 0.0
+    assert evaluate.play(script, agent, args, LEVELS).tolist() == reset.tolist()
+
+
+def test_each_step_of_an_episode_has_a_random_number_of_its_own(few_slots, monkeypatch):
+    """However long it is: those of level 8 of fruitbot, game number 1, come from a generator of its own."""
+    policy = evaluate.Policy(script, Clock(), script.Args(cuda=False), greedy=False, seed=3)
+    monkeypatch.setattr(policy, "forward", lambda: torch.zeros(4))  # what is drawn does not depend on what is played
+    policy.begin_episode(2, "fruitbot", 8)
+    drawn = [policy.act() is None or policy.uniform[2] for _ in range(9000)]
+    assert drawn == np.random.default_rng([3, 1, 8]).random(9000, dtype=np.float32).tolist()
 
 
 def test_other_seeds_sample_other_actions(few_slots):
@@ -238,8 +267,8 @@ def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, cap
     capsys.readouterr()
     score(*runs, "--env", "fruitbot", "--num-levels", 1, "--format", "csv")
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert {(row["model"], row["seeds"]) for row in rows} == {("srwm carry_state=True", "2"), ("srwm carry_state=False", "1"),
-                                                            ("lstm", "1")}
+    assert {(row["model"], row["seeds"]) for row in rows} == {
+        ("srwm", "2"), ("srwm --no-carry-state", "1"), ("lstm", "1")}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "2"} == {True}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "1"} == {False}
 
@@ -261,7 +290,7 @@ def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path
     score(*runs, "--splits", "0", "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert {(row["model"], row["seeds"], row["split"]) for row in rows} == {
-        ("srwm init_from=parent", "2", "train"), ("srwm init_from=None", "1", "test")}
+        ("srwm --init-from parent", "2", "train"), ("srwm", "1", "test")}
 
 
 def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
@@ -273,12 +302,12 @@ def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, caps
     checkpoint = torch.load(runs[1] / "checkpoint.pt")
     torch.save(checkpoint | {"step": 10}, runs[1] / "checkpoint.pt")
     score(*runs, "copy", "--num-levels", 1)
-    assert capsys.readouterr().err.count("note: the runs of srwm have the seeds (1, 2, 1) and the steps (20, 10, 20)\n") == 1
+    note = "note: the runs of srwm have the seeds (1, 2, 1) and the steps (20, 10, 20)\n"
+    assert capsys.readouterr().err.count(note) == 1
 
 
-def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(train, score, capsys):
-    run = train("--total-steps", 20)
-    (run / "evaluation_easy_0_1.json").mkdir()
+def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(trained, score, capsys):
+    (trained / "evaluation_easy_0_1.json").mkdir()
     capsys.readouterr()
     score("--num-levels", 1)
     printed = capsys.readouterr()
@@ -299,13 +328,17 @@ def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, sco
 # Statistics
 
 
+ABOUT = dict(file="checkpoint", script="impala_procgen_srwm.py", code="", flags={}, init_from=[],
+             trained_games=["maze", "bigfish"], seed=1, step=1000, bf16=False, distribution_mode="easy", num_levels=2,
+             greedy=True)
+RANGES = {"maze": (5, 10), "bigfish": (1, 40)}
+
+
 def known_run(model, returns):
     """A run of two games, scored on one training and two test splits."""
-    splits = [evaluate.Split(0, 2, "train"), evaluate.Split(1000, 2, "test"), evaluate.Split(1200, 2, "test")]
-    return SimpleNamespace(
-        script=script, model=model, games=["maze", "bigfish"], splits=splits, greedy=True,
-        returns=dict(zip(splits, map(np.array, returns))),
-        args=script.Args(), trained=script.Args(), checkpoint={"step": 1000}, path=Path(f"runs/{model}/checkpoint.pt"))
+    records = [ABOUT | dict(start_level=first, column=column) | tables.summarize(dict(zip(RANGES, split)), RANGES)
+               for (first, column), split in zip([(0, "train"), (1000, "test"), (1200, "test")], returns)]
+    return SimpleNamespace(path=Path(f"runs/{model}/checkpoint.pt"), model=model, records=records)
 
 
 RUNS = [known_run("srwm", [[[10.0, 10.0], [40.0, 40.0]], [[10.0, 10.0], [1.0, 1.0]], [[5.0, 5.0], [1.0, 1.0]]]),
@@ -313,14 +346,16 @@ RUNS = [known_run("srwm", [[[10.0, 10.0], [40.0, 40.0]], [[10.0, 10.0], [1.0, 1.
 
 
 def test_the_tables_of_known_returns():
-    """Of two seeds: maze is 1 and 1 on the training levels, (1 + 0) / 2 and 0 on the tests; bigfish 1 and 0, and 0 and 0."""
+    """Of two seeds: maze is 1 and 1 on the training levels, (1 + 0) / 2 and 0 on the tests; bigfish 1 and 0, and 0 and
+    0."""
     found = {(row["game"], row["measure"], row["split"]): row for row in tables.tabulate(RUNS)}
     expected = {
         ("maze", "return", "train"): (10, 0), ("maze", "return", "test"): (6.25, 2.5 / 2**0.5),
         ("maze", "normalized", "gap"): (0.75, 0.5 / 2**0.5), ("bigfish", "return", "train"): (20.5, 39 / 2**0.5),
         ("all", "normalized", "train"): (0.75, 0.5 / 2**0.5), ("all", "normalized", "test"): (0.125, 0.25 / 2**0.5),
         ("all", "normalized", "gap"): (0.625, 0.25 / 2**0.5),
-        ("all", "normalized IQM", "train"): (1.0, 0.5 / 2**0.5),  # the mean of 1 and 1, without the lowest, 0, and another 1
+        # The mean of 1 and 1, without the lowest, 0, and another 1.
+        ("all", "normalized IQM", "train"): (1.0, 0.5 / 2**0.5),
         ("all", "normalized IQM", "test"): (0.0, 0.25 / 2**0.5),
     }
     for key, (value, std) in expected.items():
@@ -329,10 +364,25 @@ def test_the_tables_of_known_returns():
     assert (found["bigfish", "return", "train"]["low"], found["bigfish", "return", "train"]["high"]) == (1, 40)
 
 
+@pytest.mark.parametrize("changes, names", [
+    ([{}, {"seed": 2}], ["srwm", "srwm"]),
+    ([{}, {"trained_games": ["maze"]}], ["srwm 2 games", "srwm maze"]),
+    ([{}, {"flags": {"total_steps": "--total-steps 50000000", "seed": "--seed 2"}}],
+     ["srwm", "srwm --total-steps 50M"]),
+    ([{"flags": {"batch_size": "--batch-size 64"}}] * 2, ["srwm", "srwm"]),
+    ([{"code": "12345678"}, {"code": "abcdefab"}], ["srwm code 12345678", "srwm code abcdefab"]),
+    ([{}, {"script": "mine.py", "file": "best"}], ["srwm", "mine"]),
+    ([{}, {"file": "best"}], ["srwm", "srwm best"]),
+])
+def test_models_are_named_by_what_differs_between_runs_of_a_script(changes, names):
+    assert tables.name_models([ABOUT | change for change in changes]) == names
+
+
 def test_text_and_markdown_say_the_same():
     rows = tables.tabulate(RUNS)
     markdown, text = tables.markdown(RUNS, rows), tables.text(RUNS, rows)
-    assert "| maze | srwm | 2 | 10.00 ± 0.00 [10.00, 10.00] | 6.25 ± 1.77 [5.00, 7.50] | 3.75 ± 1.77 [2.50, 5.00] |" in markdown
+    train, test, gap = "10.00 ± 0.00 [10.00, 10.00]", "6.25 ± 1.77 [5.00, 7.50]", "3.75 ± 1.77 [2.50, 5.00]"
+    assert f"| maze | srwm | 2 | {train} | {test} | {gap} |" in markdown
     for line in [line for table in tables.cells(rows) for line in table]:
         assert f"| {' | '.join(line)} |" in markdown
         assert any(all(cell in row for cell in line) for row in text.splitlines())
@@ -361,7 +411,8 @@ def test_intervals_of_one_seed_are_of_its_levels():
 
 
 def test_intervals_are_over_seeds_and_levels():
-    """Two seeds that differ by 1 on every level: their mean is 0, 1/2 or 1 in a sample. Where levels differ too, more so."""
+    """Two seeds that differ by 1 on every level: their mean is 0, 1/2 or 1 in a sample. Where levels differ too, more
+    so."""
     seeds = np.array([[0.0] * 50, [1.0] * 50])
     (alone,), (both,) = (list(tables.estimates(tables.bootstrap([{"test": [x]}]), tables.mean))
                          for x in (seeds, seeds + np.linspace(-1, 1, 50)))
@@ -370,8 +421,9 @@ def test_intervals_are_over_seeds_and_levels():
 
 
 def test_statistics_of_known_returns():
-    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, "easy", script.RETURN_RANGE)
-    assert found["games"]["maze"]["mean_return"] == 7.5 and found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
+    found = tables.summarize({"maze": [10.0, 0.0, 10.0, 10.0], "bigfish": [1.0, 1.0, 40.0, 40.0]}, RANGES)
+    assert found["games"]["maze"]["mean_return"] == 7.5
+    assert found["games"]["maze"]["standard_error"] == pytest.approx(2.5)
     assert found["games"]["maze"]["normalized"] == 0.5 and found["games"]["bigfish"]["normalized"] == 0.5
     assert found["mean"] == {"mean_return": 14.0, "normalized": 0.5}
     assert np.isclose(found["games"]["bigfish"]["standard_error"], np.std([1, 1, 40, 40], ddof=1) / 2)
@@ -380,19 +432,18 @@ def test_statistics_of_known_returns():
 # Terminals, disks and the like
 
 
-def test_folders_without_a_checkpoint_are_left_out(train, score, refused, capsys, tmp_path):
-    run = train("--total-steps", 20)
+def test_folders_without_a_checkpoint_are_left_out(trained, score, refused, capsys, tmp_path):
     (tmp_path / "runs" / "empty").mkdir()
     capsys.readouterr()
     score(*sorted((tmp_path / "runs").iterdir()), "--num-levels", 1)
     out, error = capsys.readouterr()
-    assert f"{run}/checkpoint.pt: srwm" in out and "there is no checkpoint.pt in " in error and "runs/empty" in error
+    assert f"{trained}/checkpoint.pt: srwm" in out
+    assert "there is no checkpoint.pt in " in error and "runs/empty" in error
     refused(lambda: score(tmp_path / "runs" / "empty"), "empty/checkpoint.pt: no such file")
 
 
 @pytest.mark.parametrize("word", ["--plot", "--probe", "--video"])
-def test_pictures_that_cannot_be_written_are_refused_before_work(word, train, score, refused, capsys, tmp_path):
-    train("--total-steps", 20)
+def test_pictures_that_cannot_be_written_are_refused_before_work(word, trained, score, refused, capsys, tmp_path):
     target = tmp_path / ("out.gif" if word == "--video" else "out.png")
     target.mkdir()
     capsys.readouterr()
@@ -421,7 +472,8 @@ def test_tables_that_nobody_can_read_end_in_no_traceback(end, status, said, tmp_
 def scored_program(tmp_path):
     """A program that prints the tables as evaluate.py does."""
     (tmp_path / "program.py").write_text("""
-import evaluate, tables
+import evaluate
+from reporting import tables
 evaluate.open_streams()
 evaluate.show("runs/a\\n" * 20_000 + tables.NOTE)
 """)
@@ -451,23 +503,22 @@ def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece
     ("--env bigfish bigfish", "--env must name each game once"),
     ("--distribution-mode memory", "got bigfish"),
     ("--distribution-mode nightmare", "--distribution-mode must be one of"),
-    ("--checkpoint missing.pt", "--checkpoint must be"),
     ("runs missing.pt", "missing.pt: no such file"),
-    ("--checkpoint runs --start-level 3 --splits paper", "--start-level and --splits exclude each other"),
+    ("runs --start-level 3 --splits paper", "--start-level and --splits exclude each other"),
     ("--splits dev", "--splits must be train, test, paper or first levels, got dev"),
     ("--splits", "--splits must be train, test, paper or first levels, got none"),
     ("--splits 0 100", "--splits must not overlap"),
     ("--splits test runs", "(runs come first: evaluate.py RUNS --splits ...)"),
-    ("--distribution-mode exploration", "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
-    ("--format html", "--format must be one of text, markdown, csv, json, got html"),
+    ("--distribution-mode exploration", "must be one of easy, hard, extreme, memory, got exploration"),
+    ("--format html", "'html' for argument '--format'. Expected one of ('text', 'markdown', 'csv', 'json')"),
     ("--video out.avi", "--video must end in .mp4 or .gif"),
     ("--video nowhere/out.gif", "--video must be in a folder that exists"),
     ("--greed", "--greed"),
 ])
-def test_bad_arguments_are_refused(words, expected, train, score, refused, capsys):
-    run = train("--total-steps", 20)
+def test_bad_arguments_are_refused(words, expected, trained, score, refused, capsys):
     capsys.readouterr()
-    refused(lambda: score(*[run if word == "runs" else word for word in words.split()]), "evaluate.py: error: ", expected)
+    words = [trained if word == "runs" else word for word in words.split()]
+    refused(lambda: score(*words), "evaluate.py: error: ", expected)
 
 
 def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train, score, refused, capsys):
@@ -476,11 +527,11 @@ def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train,
     refused(lambda: score(*runs), "runs must have the same games", "bigfish fruitbot (easy)")
     refused(lambda: score(runs[0], runs[0]), "runs must be named once each")
     score(*runs, "--num-levels", 1, "--env", "bigfish")
-    assert "srwm games=bigfish " in capsys.readouterr().out
+    assert "srwm bigfish " in capsys.readouterr().out
 
 
 def test_no_checkpoint_at_all_is_refused(score, refused):
-    refused(score, "--checkpoint is missing")
+    refused(score, "there is no checkpoint under runs/")
 
 
 @pytest.mark.parametrize("change, expected", [
@@ -489,15 +540,14 @@ def test_no_checkpoint_at_all_is_refused(score, refused):
     ({"script": "evaluate.py"}, "evaluate.py, has no Agent"),
     *[({name: 3}, "is not a checkpoint of this project") for name in ("script", "args", "model")],
 ])
-def test_a_checkpoint_that_somebody_changed_is_refused(change, expected, train, score, refused, capsys):
-    path = train("--total-steps", 20) / "checkpoint.pt"
+def test_a_checkpoint_that_somebody_changed_is_refused(change, expected, trained, score, refused, capsys):
+    path = trained / "checkpoint.pt"
     torch.save(torch.load(path) | change, path)
     capsys.readouterr()
     refused(score, expected)
 
 
-def test_a_missing_system_library_is_named_with_its_debian_package(train, score, refused, monkeypatch, capsys):
-    train("--total-steps", 20)
+def test_a_missing_system_library_is_named_with_its_debian_package(trained, score, refused, monkeypatch, capsys):
 
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")

@@ -2,8 +2,8 @@
 
 import importlib.util
 import subprocess
+from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ import evaluate
 import impala_procgen_lstm
 import impala_procgen_sr_delta
 import impala_procgen_srwm as script
-import pictures
+from reporting import pictures
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
@@ -25,34 +25,47 @@ def policy(few_slots):
     return evaluate.Policy(script, script.Agent(args), args, greedy=True, seed=1)
 
 
-def test_a_film_shows_every_game_at_the_human_resolution(train, score, tmp_path, monkeypatch):
+def test_a_film_shows_every_game_at_the_human_resolution(trained, score, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "SECONDS", 1)
-    train("--total-steps", 20)
     score("--video", "out.mp4")
-    command = [pictures.find_ffmpeg(), "-loglevel", "error", "-i", "out.mp4", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = [pictures.find_ffmpeg(), "-loglevel", "error", "-i", "out.mp4", *raw]
     film = np.frombuffer(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout, np.uint8)
     film = film.reshape(15, 32 + 512, 2 * 512, 3)  # a line of writing above each of two games
     assert film[0, :32].max() > 200 and film[0, 32:].std() > 20
     assert np.abs(film[-1, 32:].astype(int) - film[0, 32:]).mean() > 1
     assert not list(tmp_path.glob("runs/*/evaluation*"))  # to look is not to score
     score("--video", "out.gif")
-    assert np.shape(imageio.mimread("out.gif", memtest=False))[:3] == (15, 272, 512)
+    with Image.open("out.gif") as film:
+        assert (film.n_frames, film.size, film.info["duration"]) == (5, (256, 144), 200)
+
+
+def test_a_gif_has_as_many_colors_as_its_bytes_allow(tmp_path, monkeypatch):
+    """Of noise, 10 pictures in 128 colors take 40 kB."""
+    noise = np.random.default_rng(1).integers(256, size=(30, 64, 64, 3), dtype=np.uint8)
+    for most, expected in ((100_000, 128), (30_000, 16)):
+        monkeypatch.setattr(pictures, "GIF_BYTES", most)
+        pictures.write_gif(map(Image.fromarray, noise), tmp_path / "out.gif")
+        with Image.open(tmp_path / "out.gif") as film:
+            assert (film.n_frames, len(film.convert("RGB").getcolors())) == (10, expected)
+        assert (tmp_path / "out.gif").stat().st_size <= most
 
 
 def test_a_film_shows_the_episodes_that_are_scored(policy):
     game, returns = pictures.Game("fruitbot", evaluate.Split(8, 3, "test"), policy, 1, evaluate.make_level), []
     while len(returns) < 3:
         game.advance(policy.act())
-        if game.ended == 1:
+        if game.ended and game.pause == pictures.FPS:
             returns.append(game.total)
-    assert returns == evaluate.play(script, policy.agent, policy.args, [("fruitbot", level) for level in (8, 9, 10)]).tolist()
+    levels = [("fruitbot", level) for level in (8, 9, 10)]
+    assert returns == evaluate.play(script, policy.agent, policy.args, levels).tolist()
 
 
 def test_the_end_of_an_episode_stays_for_a_second(policy):
     game, shown = pictures.Game("dodgeball", evaluate.Split(3, 2, "test"), policy, 0, evaluate.make_level), []
     while game.level == 3:
         game.advance(policy.act())
-        shown.append((game.ended > 0, game.picture.tobytes()))
+        shown.append((game.ended, game.picture.tobytes()))
     assert [ended for ended, _ in shown[-16:]] == [True] * 15 + [False]
     assert len({picture for _, picture in shown[-16:-1]}) == 1
 
@@ -64,7 +77,7 @@ def test_what_is_recorded_is_what_the_layers_did():
     reward, state, inputs = torch.zeros(1, 1), agent.initial_state(1), []
     agent.layers[1].register_forward_pre_hook(lambda layer, given: inputs.append(given))
     _, _, state = agent(frame[0], reward, reward.bool(), state)
-    (_, _, new_state), layers = pictures.record(lambda: agent(frame[1], reward, reward.bool(), state))
+    (_, _, new_state), layers = pictures.record(lambda: agent(frame[1], reward, reward.bool(), state), script)
     W, (h, change, _) = agent.layers[1].W, inputs[1]
     beta, moved = layers[1]
     for head in range(8):
@@ -73,6 +86,18 @@ def test_what_is_recorded_is_what_the_layers_did():
         assert moved[head] == pytest.approx((new_state[1][0, head].norm() / W[head].norm()).item(), rel=1e-5)
     assert len(layers) == 2 and change.abs().max() > 0
     assert pictures.srwm_cuda.srwm is script.srwm_cuda.srwm and "spy" not in pictures.srwm_cuda.srwm.__name__
+
+
+def test_layers_are_recorded_where_a_copy_imported_the_function_by_its_name(monkeypatch, tmp_path):
+    text = Path(script.__file__).read_text().replace("srwm_cuda.srwm(", "srwm(")
+    text = text.replace("\nimport srwm_cuda\n", "\nimport srwm_cuda\nfrom srwm_cuda import srwm\n")
+    (tmp_path / "my_copy.py").write_text(text)
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    copy = evaluate.import_script("my_copy.py")
+    agent, reward = copy.Agent(copy.Args(cuda=False, bf16=False)).requires_grad_(False), torch.zeros(1, 1)
+    frame = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
+    _, layers = pictures.record(lambda: agent(frame, reward, reward.bool(), agent.initial_state(1)), copy)
+    assert len(layers) == 2 and copy.srwm is pictures.srwm_cuda.srwm
 
 
 @needs_matplotlib
@@ -112,18 +137,20 @@ def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, dra
     for run in runs:
         with SummaryWriter(run) as writer:
             for step in range(3):
-                for tag in ("return/bigfish", "valid_return/bigfish", "normalized_return/mean", "valid_normalized_return/mean"):
+                for tag in ("return/bigfish", "normalized_return/mean"):
                     writer.add_scalar(tag, step, step * 1000)
+                    writer.add_scalar(f"valid_{tag}", step, step * 1000)
     score(*runs, "--splits", "0", "1000", "--num-levels", 1, "--plot", "plot.png")
     assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 10
     lines = [(line.get_linestyle(), list(line.get_ydata())) for line in drawn[0].lines]
     assert lines == [("-", [0, 1, 2])] * 3 + [("--", [0, 1, 2])] * 3  # two seeds and their mean
-    assert [text.get_text() for text in drawn[2].texts] == ["no return/fruitbot in TensorBoard files\nbeside the checkpoint"]
+    (text,) = drawn[2].texts
+    assert text.get_text() == "no return/fruitbot in TensorBoard files\nbeside the checkpoint"
 
 
-def test_without_matplotlib_one_line_says_how_to_install_it(train, score, refused, capsys, monkeypatch):
-    train("--total-steps", 20)
+def test_without_matplotlib_one_line_says_how_to_install_it(trained, score, refused, capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
+    without = lambda name, *rest: None if name == "matplotlib" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     capsys.readouterr()
     refused(lambda: score("--plot", "plot.png"), "--plot needs matplotlib: pip install matplotlib")

@@ -114,9 +114,10 @@ def test_a_copy_that_changes_its_normalisation_is_scored_by_it(own_copy, train, 
 
 def test_one_script_and_evaluate_are_enough(train, tmp_path):
     run = train("--total-steps", 20, script=importlib.import_module("impala_procgen_lstm"))
-    for name in ("impala_procgen_lstm.py", "evaluate.py", "tables.py", "pictures.py"):
+    for name in ("impala_procgen_lstm.py", "evaluate.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "srwm_cuda").symlink_to(ROOT / "srwm_cuda")
+    for name in ("reporting", "srwm_cuda"):
+        (tmp_path / name).symlink_to(ROOT / name)
     words = [sys.executable, "evaluate.py", run, "--num-levels", "1", "--no-cuda"]
     end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert end.returncode == 0 and "lstm" in end.stdout, end.stderr
@@ -136,7 +137,7 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
     score(first, second, "--num-levels", 1)
     out, error = capsys.readouterr()
     assert error.count(f"note: my_ablation.py has changed since it trained {first}/checkpoint.pt") == 1 == error.count("note")
-    assert len(set(re.findall("my_ablation code=([0-9a-f]{8})", out))) == 2
+    assert len(set(re.findall("my_ablation code ([0-9a-f]{8})", out))) == 2
     assert (first / "my_ablation.py").read_text() == text
     command(script, "--resume", first, "--total-steps", 40)
     assert f"my_ablation.py has changed since it trained {first}" in capsys.readouterr().out

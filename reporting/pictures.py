@@ -1,12 +1,13 @@
-"""The pictures that evaluate.py makes: a film of the agent, learning curves with scores, and what an SRWM does as it plays."""
+"""What evaluate.py draws: a film of the agent, learning curves with scores, and what an SRWM does as it plays."""
 
 import importlib.util
+import io
+import itertools
 import math
 import shutil
 import subprocess
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,13 +15,16 @@ from PIL import Image, ImageDraw, ImageFont
 import srwm_cuda
 
 FPS, SECONDS = 15, 30  # of the film; the former is the speed at which people play ProcGen
-TILE, CAPTION = 512, 32  # pixels: the human resolution, and the line above it
+HUMAN = 512  # pixels, width and height of a picture for people
+SIZES = {".mp4": (512, 32), ".gif": (128, 16)}  # pixels that a game takes in a film, and of the line above it
+GIF_EVERY, GIF_BYTES = 3, 3_000_000  # which of the pictures it shows; the most that it may have
+GIF_COLORS = (128, 64, 32, 16, 8)  # to try, until it has no more
 ENDINGS = {"plot": (".png", ".pdf", ".svg"), "video": (".mp4", ".gif"), "probe": (".png", ".pdf", ".svg")}
 COLORS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#c99a2e", "#5f6b73", "#b5578b", "#3aa6a0")
 GOOD, BAD = "#2e8b57", "#c8102e"  # rewards
 ALPHA = {"train": 0.35, "mixed": 0.65, "test": 1.0}  # of a split's bars
-RATES = (r"$\beta_y$, learning rate of the output's columns", r"$\beta_q$, of the query's columns", r"$\beta_k$, of the key's",
-         r"$\beta_\beta$, of the learning rates' own")
+RATES = (r"$\beta_y$, learning rate of the output's columns", r"$\beta_q$, of the query's columns",
+         r"$\beta_k$, of the key's", r"$\beta_\beta$, of the learning rates' own")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
          "axes.axisbelow": True, "savefig.dpi": 130, "legend.frameon": False}
 
@@ -41,14 +45,15 @@ def check(args):
             try:
                 open(target, "ab").close()
             except OSError as error:
-                raise ValueError(f"--{name} must be a file that can be written, got {target}: {error.strerror}") from None
+                reason = error.strerror
+                raise ValueError(f"--{name} must be a file that can be written, got {target}: {reason}") from None
             if not existed:
                 target.unlink()
 
 
 def find_ffmpeg():
-    """The path of ffmpeg: the system's, or that inside imageio-ffmpeg. gym3 wants a version of the latter that needs an old
-    setuptools when it is imported, so that it is not."""
+    """The path of ffmpeg: the system's, or that inside imageio-ffmpeg. gym3 wants a version of the latter that needs an
+    old setuptools when it is imported, so that it is not."""
     package = importlib.util.find_spec("imageio_ffmpeg")
     bundled = sorted(Path(package.origin).parent.glob("binaries/ffmpeg-*")) if package else []
     return shutil.which("ffmpeg") or (bundled[0] if bundled else None)
@@ -65,7 +70,8 @@ class Game:
     def begin(self):
         """Begins the next level of the split."""
         self.number = (self.number + 1) % self.split.count
-        self.level, self.total, self.ended = self.split.first + self.number, 0.0, 0  # pictures since the end
+        self.level, self.total = self.split.first + self.number, 0.0
+        self.ended, self.pause = False, FPS  # pictures for which the end stays
         self.env = self.make(self.level)
         self.policy.begin_episode(self.slot, self.name, self.level)
         self.show()
@@ -77,10 +83,10 @@ class Game:
         self.policy.frames[self.slot] = self.frame
 
     def step(self, actions):
-        """Acts. Returns the reward. Of an episode that ends, the last picture stays: procgen shows the next one already."""
+        """Acts. Returns the reward. At an episode's end the last picture stays: procgen shows the next one already."""
         self.env.act(actions[self.slot : self.slot + 1])
         reward, _, ended = self.env.observe()
-        self.policy.reward[self.slot], self.ended = reward[0], int(ended[0])
+        self.policy.reward[self.slot], self.ended = reward[0], bool(ended[0])
         self.total += float(reward[0])
         if not self.ended:
             self.show()
@@ -90,8 +96,8 @@ class Game:
         """The next picture of a film: a step, or for a second the end of the episode, and then the next level."""
         if not self.ended:
             self.step(actions)
-        elif self.ended < FPS:
-            self.ended += 1
+        elif self.pause > 1:
+            self.pause -= 1
         else:
             self.begin()
 
@@ -101,39 +107,47 @@ def film(run, policy, make_level, target):
     torch.set_num_threads(1)  # as when the agent is scored, so that these are the same episodes
     games = [Game(name, run.splits[0], policy, slot, make_level, render_mode="rgb_array")
              for slot, name in enumerate(run.games)]
-    font, columns = ImageFont.load_default(20), math.ceil(math.sqrt(len(games)))
-    rows = math.ceil(len(games) / columns)
-    size = (columns * TILE, rows * (TILE + CAPTION))
+    tile, caption = SIZES[target.suffix]
+    font, columns = ImageFont.load_default(caption * 5 // 8), math.ceil(math.sqrt(len(games)))
+    size = (columns * tile, math.ceil(len(games) / columns) * (tile + caption))
 
     def pictures():
         for _ in range(FPS * SECONDS):
             sheet = Image.new("RGB", size)
             draw = ImageDraw.Draw(sheet)
             for game in games:
-                x, y = game.slot % columns * TILE, game.slot // columns * (TILE + CAPTION)
-                color = "#ffd166" if game.ended else "#ffffff"
-                draw.text((x + 10, y + CAPTION // 2), f"{game.name}, level {game.level}", color, font, "lm")
-                result = f"return {game.total:g}{', ended' if game.ended else ''}"
-                draw.text((x + TILE - 10, y + CAPTION // 2), result, color, font, "rm")
-                sheet.paste(Image.fromarray(game.picture), (x, y + CAPTION))
+                x, y = game.slot % columns * tile, game.slot // columns * (tile + caption)
+                color, middle = "#ffd166" if game.ended else "#ffffff", y + caption // 2
+                draw.text((x + caption // 4, middle), f"{game.name} {game.level}", color, font, "lm")
+                draw.text((x + tile - caption // 4, middle), f"return {game.total:g}", color, font, "rm")
+                sheet.paste(Image.fromarray(game.picture).reduce(HUMAN // tile), (x, y + caption))
             yield sheet
             actions = policy.act()
             for game in games:
                 game.advance(actions)
 
-    write_film(pictures(), size, target)
+    write_gif(pictures(), target) if target.suffix == ".gif" else write_film(pictures(), size, target)
+
+
+def write_gif(pictures, target):
+    """Writes some of the pictures, in as many colors as the bytes allow. They have one palette, so that what stands
+    still is stored once."""
+    pictures = list(itertools.islice(pictures, 0, None, GIF_EVERY))
+    sample = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::10]]))
+    for colors in GIF_COLORS:
+        palette, file = sample.quantize(colors), io.BytesIO()
+        first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=1000 * GIF_EVERY // FPS, loop=0)
+        if file.tell() <= GIF_BYTES:
+            break
+    target.write_bytes(file.getvalue())
 
 
 def write_film(pictures, size, target):
-    """Writes pictures of that size (width, height); .gif at half of it, or the file would be huge."""
-    if target.suffix == ".gif":
-        with imageio.get_writer(target, duration=1000 / FPS, loop=0) as writer:
-            for picture in pictures:
-                small = picture.reduce(2).quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-                writer.append_data(np.asarray(small.convert("RGB")))
-        return
-    command = [find_ffmpeg(), "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "{}x{}".format(*size),
-               "-r", str(FPS), "-i", "-", "-pix_fmt", "yuv420p", "-crf", "20", "-movflags", "+faststart", str(target)]
+    """Writes pictures of that size (width, height) with ffmpeg."""
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "{}x{}".format(*size), "-r", str(FPS)]
+    encoded = ["-pix_fmt", "yuv420p", "-crf", "20", "-movflags", "+faststart"]
+    command = [find_ffmpeg(), "-y", "-loglevel", "error", *raw, "-i", "-", *encoded, str(target)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
         for picture in pictures:
             ffmpeg.stdin.write(picture.tobytes())
@@ -147,18 +161,21 @@ def curves(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T for tag in events.Tags()["scalars"]}
+    return {tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T
+            for tag in events.Tags()["scalars"]}
 
 
-def plot(runs, rows, target):
-    """Draws the returns of training and, if the run has any, of validation, and the scores of each split."""
+def plot(runs, rows, scalars, target):
+    """Draws the returns of training and, if a run has any, of validation, and the scores of each split. scalars: what
+    `curves` returns, of each run."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
     models = list(dict.fromkeys(run.model for run in runs))
     colors = dict(zip(models, COLORS * len(models)))
-    found = {run.path: (run.model, curves(run.path.parent)) for run in runs}
-    games, across = runs[0].games, min(3, len(runs[0].games))
+    found = [(run.model, curve) for run, curve in zip(runs, scalars)]
+    games = list(runs[0].records[0]["games"])
+    across = min(3, len(games))
     down = math.ceil(len(games) / across)
     figure = plt.figure(figsize=(12, 4 + 2.4 * down), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(4, 2.4 * down))
@@ -168,11 +185,14 @@ def plot(runs, rows, target):
     draw_curves(left, found, mean, colors)
     left.set_title(f"{mean.split('/')[0].replace('_', ' ')} over training games (dashed: validation)")
     draw_bars(right, [row for row in rows if row["measure"] == measure and row["split"] != "gap"], models, colors)
-    right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return by level split, with 95 % intervals")
+    right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return with 95 % intervals (pale: training levels)")
     if len(games) > 1 or measure == "normalized":
-        for axis, game in zip(bottom.subplots(down, across, squeeze=False).flat, games):
-            draw_curves(axis, found, f"return/{game}", colors)
-            axis.set_title(f"{game}, return")
+        for axis, game in itertools.zip_longest(bottom.subplots(down, across, squeeze=False).flat, games):
+            if game is None:
+                axis.set_axis_off()
+            else:
+                draw_curves(axis, found, f"return/{game}", colors)
+                axis.set_title(f"{game}, return")
     labels = right.get_legend_handles_labels()[1]
     figure.legend(loc="outside lower left", ncols=1 if max(map(len, labels)) > 80 else 2, fontsize=8)
     figure.savefig(target)
@@ -182,7 +202,7 @@ def plot(runs, rows, target):
 def draw_curves(axis, found, tag, colors):
     for model, color in colors.items():
         for name, line in ((tag, "-"), (f"valid_{tag}", "--")):
-            seeds = [scalars[name] for its_model, scalars in found.values() if its_model == model and name in scalars]
+            seeds = [scalars[name] for its_model, scalars in found if its_model == model and name in scalars]
             for steps, values in seeds:
                 axis.plot(steps / 1e6, values, line, color=color, linewidth=0.6 if len(seeds) > 1 else 1.6, alpha=0.8)
             if len(seeds) > 1:  # and their mean, as far as all of them reach
@@ -199,35 +219,42 @@ def draw_bars(axis, rows, models, colors):
     """For each game, and for all, a bar for each model and split; the more of its levels were trained on, the paler."""
     games = list(dict.fromkeys(row["game"] for row in rows))
     bars = list(dict.fromkeys((row["model"], row["split"]) for row in rows))
-    width = 0.8 / len(bars)
+    width, last = 0.8 / len(bars), dict(bars)  # split of each model, which is in the legend
     for i, (model, split) in enumerate(bars):
         these = [row for row in rows if (row["model"], row["split"]) == (model, split)]
         x = [games.index(row["game"]) + (i - (len(bars) - 1) / 2) * width for row in these]
         value, low, high = (np.array([row[key] for row in these]) for key in ("value", "low", "high"))
-        axis.bar(x, value, width * 0.92, color=colors[model], alpha=ALPHA[split], label=f"{model}, {split}")
-        axis.errorbar(x, value, np.abs([value - low, high - value]), fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
+        label = model if last[model] == split else None
+        axis.bar(x, value, width * 0.92, color=colors[model], alpha=ALPHA[split], label=label)
+        errors = np.abs([value - low, high - value])
+        axis.errorbar(x, value, errors, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
     axis.set_xticks(range(len(games)), [*games[:-1], "all"])
     axis.axhline(0, color="#333333", linewidth=0.8)
     axis.grid(axis="x", visible=False)
 
 
-def record(function):
-    """Calls a function that runs an agent. Returns what it returns, and of each self-referential layer what it did in the
-    first environment: its rates beta (4, H), and the norm of what W has changed by after the step, relative to W's, (H,)."""
+def record(function, script):
+    """Calls a function that runs an agent of this script. Returns what it returns, and of each self-referential layer
+    what it did in the first environment: its rates beta (4, H), and the norm of what W has changed by after the step,
+    relative to W's, (H,)."""
     layers, srwm = [], srwm_cuda.srwm
+    places = [(module, name) for module in (srwm_cuda, script)  # a script may have imported the function by itself
+              for name, value in vars(module).items() if value is srwm]
 
-    def spy(x, W, state, done, *options):
-        y, new_state = srwm(x, W, state, done, *options)
+    def spy(x, W, state, done, *options, **more_options):
+        y, new_state = srwm(x, W, state, done, *options, **more_options)
         W_t = W + state[0] * ~done[0, 0]  # (H, D, Y + 2D + 4)
         beta = torch.einsum("hi,hij->jh", x[0, 0], W_t[..., -4:]).sigmoid()
         layers.append((beta.cpu().numpy(), (new_state[0].norm(dim=(1, 2)) / W.norm(dim=(1, 2))).cpu().numpy()))
         return y, new_state
 
-    srwm_cuda.srwm = spy
     try:
+        for module, name in places:
+            setattr(module, name, spy)
         return function(), layers
     finally:
-        srwm_cuda.srwm = srwm
+        for module, name in places:
+            setattr(module, name, srwm)
 
 
 def check_probe(run):
@@ -235,28 +262,28 @@ def check_probe(run):
     device = next(run.agent.parameters()).device
     frame, number = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8, device=device), torch.zeros(1, 1, device=device)
     with torch.no_grad():
-        _, layers = record(lambda: run.agent(frame, number, number.bool(), run.agent.initial_state(1)))
+        _, layers = record(lambda: run.agent(frame, number, number.bool(), run.agent.initial_state(1)), run.script)
     if not layers:
-        raise ValueError(f"--probe needs a run whose layers call srwm_cuda.srwm; those of {run.checkpoint['script']} do not")
+        raise ValueError(f"--probe needs a run whose layers call srwm_cuda.srwm; those of {run.about['script']} do not")
 
 
 def probe(run, policy, make_level, target):
-    """Plays the first level of the first game, and draws for each self-referential layer the four learning rates that it
-    chooses at each step, and how far its matrix has moved from where it began."""
+    """Plays the first level of the first game, and draws for each self-referential layer the four learning rates that
+    it chooses at each step, and how far its matrix has moved from where it began."""
     torch.set_num_threads(1)
     game = Game(run.games[0], run.splits[0], policy, 0, make_level)
     steps, frames, rewards = [], [], []
     while not game.ended:
-        actions, layers = record(policy.act)
+        actions, layers = record(policy.act, run.script)
         steps.append(layers)
         frames.append(game.frame.copy())
         rewards.append(game.step(actions))
-    draw_probe(steps, frames, np.array(rewards), f"{run.model} ({run.checkpoint['step']:,} steps of training) plays "
+    draw_probe(steps, frames, np.array(rewards), f"{run.model} ({run.about['step']:,} steps of training) plays "
                f"{game.name}, {policy.args.distribution_mode}, level {game.level}: return {game.total:g}", target)
 
 
 def draw_probe(steps, frames, rewards, title, target):
-    """steps[t][layer] is what `record` returns; frames[t] is what the agent saw then, rewards[t] what it got for its action."""
+    """steps[t][layer] is what `record` returns; frames[t] what the agent saw, rewards[t] what it got for its action."""
     import matplotlib.pyplot as plt
 
     layers, count, time = len(steps[0]), len(steps), np.arange(len(steps))
@@ -268,7 +295,8 @@ def draw_probe(steps, frames, rewards, title, target):
 
     shown = np.unique(np.linspace(0, count - 1, 5 * layers).round().astype(int))
     strip = figure.add_subplot(grid[0, :])
-    strip.imshow(np.concatenate([np.pad(frames[t], ((0, 0), (2, 2), (0, 0)), constant_values=255) for t in shown], axis=1))
+    framed = [np.pad(frames[t], ((0, 0), (2, 2), (0, 0)), constant_values=255) for t in shown]
+    strip.imshow(np.concatenate(framed, axis=1))
     strip.set_xticks(34 + 68 * np.arange(len(shown)), [f"step {t}" for t in shown])
     strip.tick_params(length=0)
     strip.set_yticks([])

@@ -1,4 +1,7 @@
-"""From returns to tables: what evaluate.py says about its runs, with bootstrap intervals, in four formats.
+"""From returns to tables: names of models, statistics with bootstrap intervals, four formats.
+
+A run here is anything with a path, a model, its name in the tables, and records, one for each split that was played:
+the dictionaries that evaluate.py writes to JSON files.
 
 The statistics are those of Agarwal et al. 2021, 'Deep reinforcement learning at the edge of the statistical precipice'
 (arXiv 2108.13264), whose library rliable draws neither from levels nor whole agents that play several games.
@@ -8,6 +11,8 @@ import csv
 import io
 import itertools
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -18,15 +23,58 @@ NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each
         "[95 % bootstrap interval over levels and seeds].")
 
 
-def summarize(returns, distribution_mode, return_range):
-    """Statistics of a split's returns {game: [one of each level]}, as they go into its JSON file. return_range is that of the
-    script: {game: {distribution mode: (low, high)}}."""
+# Flags in which runs of one model may differ; `games` and `init_from` stand in their records, readable.
+MANAGING = {"exp_name", "seed", "track", "profile", "env", "multi_env", "init_from", "num_actors", "num_envs"}
+MANAGING_PREFIXES = ("wandb_", "log_", "save_", "valid_")
+
+
+def features(record):
+    """What makes a run's model, but the script: {name: words for it}. Flags with their default values are not in it."""
+    games, flags = record["trained_games"], record["flags"]
+    found = dict(games=games[0] if len(games) == 1 else f"{len(games)} games")
+    for name, words in flags.items():
+        if name not in MANAGING and not name.startswith(MANAGING_PREFIXES):
+            found[name] = re.sub(r"(?<= )([1-9]\d*)0{6}$", r"\1M", words)  # millions
+    if record["init_from"]:
+        found["init_from"] = f"--init-from {' '.join(record['init_from'])}"
+    if record["file"] != "checkpoint":
+        found["file"] = record["file"]
+    if record["code"]:
+        found["code"] = f"code {record['code']}"
+    return found
+
+
+def name_models(records):
+    """A name for the model of each run, given one of its records: the script, and what not all runs of the script
+    share. Runs that differ in nothing but their seed have one name."""
+    names = []
+    for record in records:
+        others = [features(other) for other in records if other["script"] == record["script"]]
+        differs = [words for name, words in features(record).items()
+                   if any(other.get(name) != words for other in others)]
+        names.append(" ".join([Path(record["script"]).stem.removeprefix("impala_procgen_"), *differs]))
+    return names
+
+
+def odd_seeds(names, records):
+    """A sentence for each model whose runs have a seed in common, or different numbers of steps."""
+    for name in dict.fromkeys(names):
+        group = [record for other, record in zip(names, records) if other == name]
+        seeds, steps = (tuple(record[key] for record in group) for key in ("seed", "step"))
+        if len(set(seeds)) < len(seeds) or len(set(steps)) > 1:
+            yield f"the runs of {name} have the seeds {seeds} and the steps {steps}"
+
+
+def summarize(returns, ranges):
+    """Statistics of a split's returns {game: [one of each level]}, as they go into its record. ranges: {game: (low,
+    high) of its returns, or None}."""
     games = {}
     for game, values in returns.items():
         mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        low, high = return_range[game].get(distribution_mode, (None, None))
+        low, high = ranges[game] or (None, None)
         normalized = None if low is None else (mean - low) / (high - low)
-        games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, returns=values)
+        games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, range=ranges[game],
+                           returns=values)
     mean = {key: np.mean([row[key] for row in games.values()]) for key in ("mean_return", "normalized")
             if None not in [row[key] for row in games.values()]}
     return dict(games=games, mean=mean)
@@ -35,10 +83,11 @@ def summarize(returns, distribution_mode, return_range):
 def bootstrap(scores, draws=DRAWS):
     """Means over levels of the scores, and of samples drawn from their seeds and levels with replacement.
 
-    scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds, games)},
-    where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the same for all
-    seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes a seed good
-    in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each game alone.)
+    scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds,
+    games)}, where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the
+    same for all seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes
+    a seed good in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each
+    game alone.)
     """
     rng = np.random.default_rng(0)
     means = {column: [] for game in scores for column in game}
@@ -61,7 +110,8 @@ def pieces(draws, size):
 
 
 def sample_levels(x, draws, rng):
-    """Means of each row of x, (seeds, levels), over levels drawn with replacement, the same for all rows: (draws, seeds)."""
+    """Means (draws, seeds) of each row of x (seeds, levels) over levels drawn with replacement, the same for all
+    rows."""
     levels = rng.integers(x.shape[1], size=(draws, x.shape[1]))
     return np.stack([row[levels].mean(-1) for row in x], axis=-1)
 
@@ -89,35 +139,39 @@ def estimates(samples, statistic):
         yield dict(split=column, value=float(value), std=std, low=float(low), high=float(high))
 
 
-def entries(model, games, scores, distribution_mode, return_range):
+def entries(model, ranges, scores):
     """The tables' entries for one model, dictionaries: for each game its return and its normalized return, and for all
-    games the mean and the interquartile mean of the normalized (in modes without range: of the returns) of all seeds."""
-    samples = {"return": bootstrap(scores)}
-    ranges = [return_range[game].get(distribution_mode) for game in games]
-    if None not in ranges:
-        low, high = np.array(ranges, dtype=float).T
+    games the mean and the interquartile mean of the normalized (in modes without range: of the returns) of all
+    seeds."""
+    samples, games = {"return": bootstrap(scores)}, list(ranges)
+    if None not in ranges.values():
+        low, high = np.array(list(ranges.values()), dtype=float).T
         samples["normalized"] = {column: (x - low) / (high - low) for column, x in samples["return"].items()}
     wanted = [(game, measure, mean, {column: x[..., [i]] for column, x in samples[measure].items()})
               for measure in samples for i, game in enumerate(games)]
     measure = list(samples)[-1]
-    wanted += [("all", measure, mean, samples[measure]), ("all", f"{measure} IQM", interquartile_mean, samples[measure])]
+    wanted += [("all", measure, mean, samples[measure]),
+               ("all", f"{measure} IQM", interquartile_mean, samples[measure])]
     seeds = len(next(iter(scores[0].values()))[0])
     return [dict(model=model, seeds=seeds, game=game, measure=measure) | estimate
             for game, measure, statistic, source in wanted for estimate in estimates(source, statistic)]
 
 
 def tabulate(runs):
-    """The entries of both tables. Runs that share everything but the seed are one model."""
+    """The entries of both tables. Runs of the same model are its seeds."""
     rows = []
     for model in dict.fromkeys(run.model for run in runs):
         group = [run for run in runs if run.model == model]
-        first, scores = group[0], [{} for _ in group[0].games]
-        for split in first.splits:
-            for i, game in enumerate(scores):
-                game.setdefault(split.column, []).append(np.stack([run.returns[split][i] for run in group]))
-        mode, steps = first.args.distribution_mode, " ".join(str(run.checkpoint["step"]) for run in group)
-        about = dict(steps=steps, distribution_mode=mode, levels=levels(first), greedy=first.greedy, bf16=first.trained.bf16)
-        rows += [row | about for row in entries(model, first.games, scores, mode, first.script.RETURN_RANGE)]
+        first = group[0].records[0]
+        scores = {game: {} for game in first["games"]}
+        for records in zip(*[run.records for run in group]):  # of one split
+            for game, columns in scores.items():
+                returns = np.array([record["games"][game]["returns"] for record in records])  # (seeds, levels)
+                columns.setdefault(records[0]["column"], []).append(returns)
+        about = dict(steps=" ".join(str(run.records[0]["step"]) for run in group), levels=levels(group[0]),
+                     **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
+        ranges = {game: found["range"] for game, found in first["games"].items()}
+        rows += [row | about for row in entries(model, ranges, list(scores.values()))]
     return rows
 
 
@@ -133,7 +187,8 @@ def cells(rows):
     """The two tables, per game and aggregated, as lists of lists of strings; the first is the head."""
     found = {(row["game"], row["measure"], row["model"], row["split"]): row for row in rows}
     columns = [column for column in COLUMNS if any(row["split"] == column for row in rows)]
-    games, aggregated = [["game", "model", "seeds", *columns, "normalized"]], [["all games", "model", "seeds", *columns]]
+    games = [["game", "model", "seeds", *columns, "normalized"]]
+    aggregated = [["all games", "model", "seeds", *columns]]
     names = [dict.fromkeys(row[name] for row in rows) for name in ("game", "measure", "model")]
     for game, measure, model in itertools.product(*names):
         entry = {column: found.get((game, measure, model, column)) for column in columns}
@@ -150,17 +205,19 @@ def cells(rows):
 
 
 def levels(run):
-    return ", ".join(f"{split.first} to {split.first + split.count - 1} ({split.column})" for split in run.splits)
+    parts = [(record["start_level"], record["num_levels"], record["column"]) for record in run.records]
+    return ", ".join(f"{first} to {first + count - 1} ({column})" for first, count, column in parts)
 
 
 def describe(runs):
     """A line for each run: what was played."""
     for run in runs:
-        actions, precision = "greedy" if run.greedy else "sampled", "bfloat16" if run.trained.bf16 else "float32"
-        begin, end = run.trained.valid_start_level, run.trained.valid_start_level + run.trained.valid_num_levels
-        best = f", chosen by validation on levels {begin} to {end - 1}" if run.path.stem == "best" else ""
-        yield (f"{run.path}: {run.model}, seed {run.trained.seed}, {run.checkpoint['step']:,} steps{best}; "
-               f"{run.args.distribution_mode}, levels {levels(run)}; {actions} actions, {precision}")
+        record = run.records[0]
+        actions, precision = "greedy" if record["greedy"] else "sampled", "bfloat16" if record["bf16"] else "float32"
+        chosen = ", chosen by validation on levels {} to {}"
+        best = chosen.format(*record["validation"]) if record["file"] == "best" else ""
+        yield (f"{run.path}: {run.model}, seed {record['seed']}, {record['step']:,} steps{best}; "
+               f"{record['distribution_mode']}, levels {levels(run)}; {actions} actions, {precision}")
 
 
 def text(runs, rows):
@@ -188,9 +245,10 @@ def comma_separated(runs, rows):
 
 
 def as_json(runs, rows):
-    played = [dict(run=str(run.path), model=run.model, seed=run.trained.seed, step=run.checkpoint["step"],
-                   distribution_mode=run.args.distribution_mode, greedy=run.greedy, bf16=run.trained.bf16,
-                   splits=[split._asdict() for split in run.splits]) for run in runs]
+    kept = ("seed", "step", "distribution_mode", "greedy", "bf16")
+    played = [dict(run=str(run.path), model=run.model, **{name: run.records[0][name] for name in kept},
+                   splits=[dict(first=record["start_level"], count=record["num_levels"], column=record["column"])
+                           for record in run.records]) for run in runs]
     return json.dumps(dict(runs=played, entries=rows), indent=1)
 
 

@@ -1,7 +1,8 @@
-"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside the
-same functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without torch.compile.
+"""Times of the CNN and of the recurrent cores on this machine's GPU, forward and backward: `srwm_cuda`'s kernels beside
+the same functions in PyTorch, and the LSTM script's core, whose cell is compiled there, beside the same without
+torch.compile.
 
-    python tests/benchmark_kernels.py
+    python benchmarks/kernels.py
 
 Milliseconds are medians over replays of a CUDA graph (kernels alone, without Python's overhead).
 """
@@ -12,12 +13,12 @@ import statistics
 import sys
 
 import torch
-from helpers import sr_delta
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import impala_procgen_lstm  # noqa: E402
 import srwm_cuda  # noqa: E402
 from srwm_cuda import cnn  # noqa: E402
+from tests.helpers import sr_delta  # noqa: E402
 
 
 def milliseconds(function, repeats=20):
@@ -112,9 +113,10 @@ def measure_lstm(T, B):
 
 
 def measure_cnn(frames_at_once):
-    """Forward for acting, and forward and backward, beside PyTorch's bfloat16, as it is and compiled, and beside what as many
-    operations take in a large matrix product."""
-    parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda") / math.prod(shape[1:]) ** 0.5) for shape in cnn.SHAPES]
+    """Forward for acting, and forward and backward, beside PyTorch's bfloat16, as it is and compiled, and beside what
+    as many operations take in a large matrix product."""
+    parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda") / math.prod(shape[1:]) ** 0.5)
+                  for shape in cnn.SHAPES]
     operations = 3 * sum(2 * 9 * i * o * w * w for (i, o), w in zip(cnn.LAYERS, [64, *[32] * 5, *[16] * 5, *[8] * 4]))
     operations -= 2 * 9 * 3 * 16 * 64 * 64  # frames need no gradient
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -151,8 +153,8 @@ if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True
     measure_cnn((96, 1632))
     print("function       T     B   D  Y/V  fwd (ms)  f+b (ms) fwd us/t  f+b us/t  plain (ms)   faster")
-    sizes = [(51, 32, 16), (1, 192, 16), (51, 1, 16), (51, 128, 16), (51, 512, 16), (51, 32, 8), (51, 32, 32), (51, 32, 64),
-             (200, 32, 16), (1000, 32, 16)]
+    sizes = [(51, 32, 16), (1, 192, 16), (51, 1, 16), (51, 128, 16), (51, 512, 16), (51, 32, 8), (51, 32, 32),
+             (51, 32, 64), (200, 32, 16), (1000, 32, 16)]
     torch.set_float32_matmul_precision("high")
     measure_lstm(51, 32)
     measure("srwm", 51, 32, 16, 49)

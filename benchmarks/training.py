@@ -1,21 +1,22 @@
-"""Whole training runs on a machine that does nothing else: steps a second, their ratio to the first run's, policy lag, return
-and memory, as a Markdown table.
+"""Whole training runs on a machine that does nothing else: steps a second, their ratio to the first run's, policy lag,
+return and memory, as a Markdown table.
 
-    python tests/benchmark_training.py agents                       the seven agents of the paper, two minutes each
-    python tests/benchmark_training.py agents --steps 10000000      the same for ten million steps each
-    python tests/benchmark_training.py costs --seconds 20           one agent: cores, environments, games, batch, head size
-    python tests/benchmark_training.py costs --only "default|game"  those rows alone
-    python tests/benchmark_training.py costs --turns 5 --seconds 8  all at once, by turns of 8 seconds: where others disturb
-    python tests/benchmark_training.py scaling                      one agent on 1, 2, 4, ... GPUs with as many cores for each
-    python tests/benchmark_training.py agents --env maze            what it does not know goes to the scripts
+    python benchmarks/training.py agents                       the seven agents of the paper, two minutes each
+    python benchmarks/training.py agents --steps 10000000      the same for ten million steps each
+    python benchmarks/training.py costs --seconds 20           one agent: cores, environments, games, batch, head size
+    python benchmarks/training.py costs --only "default|game"  those rows alone
+    python benchmarks/training.py costs --turns 5 --seconds 8  by turns of 8 seconds, where others use the machine too
+    python benchmarks/training.py scaling                      one agent on 1, 2, 4, ... GPUs, each with its cores
+    python benchmarks/training.py agents --env maze            what it does not know goes to the scripts
 
-The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first status
-line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped: a ratio is
-that of two turns in one round, so that a host that is slower for a while slows both.
+The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first
+status line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped:
+a ratio is that of two turns in one round, so that a host that is slower for a while slows both.
 """
 
 import argparse
 import atexit
+import importlib
 import os
 import re
 import signal
@@ -30,20 +31,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-import impala_procgen_srwm as srwm  # noqa: E402
-
 WARM_UP = 10  # seconds
 SETTLE = 2  # seconds after a turn's begin that do not count
-AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta", "delta": "delta",
-          "lstm": "lstm", "fake_sr": "fake_sr"}
+AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta",
+          "delta": "delta", "lstm": "lstm", "fake_sr": "fake_sr"}
 ENVIRONMENTS = {  # actors and environments of each, by whether there is a GPU
-    True: ("2 x 24", "1 x 96", "2 x 96", "4 x 96", "8 x 96", "4 x 192", "8 x 192"), False: ("1 x 36", "1 x 72", "2 x 36")}
+    True: ("2 x 24", "1 x 96", "2 x 96", "4 x 96", "8 x 96", "4 x 192", "8 x 192"),
+    False: ("1 x 36", "1 x 72", "2 x 36")}
 
 
 def settings(which, script):
     """Name, command line, number of cores and of processes of each run."""
-    cores, cuda = srwm.num_cores(), srwm.Args().cuda
+    cores = num_cores(script)
     if which == "agents":
         return [(name, words, cores, 1) for name, words in AGENTS.items()]
     if which == "scaling":
@@ -52,7 +51,7 @@ def settings(which, script):
     runs = [("default", "", cores)]
     runs += [(f"{n} core{'s' * (n > 1)}", "", n) for n in (1, 2, 4, 8, 16, 32) if n < cores]
     runs += [(f"{size} environments", "--num-actors {} --num-envs {}".format(*size.split(" x ")), cores)
-             for size in ENVIRONMENTS[cuda]]
+             for size in ENVIRONMENTS[torch.cuda.is_available()]]
     runs += [(f"{n} game{'s' * (n > 1)}", f"--multi-env {n}", cores) for n in (1, 3, 12, 16)]
     runs += [(f"batch of {n}", f"--batch-size {n}", cores) for n in (16, 64, 96)]
     runs += [(f"heads of {128 // n}", f"--num-head {n}", cores) for n in (16, 4, 2)]
@@ -60,9 +59,15 @@ def settings(which, script):
     return [(name, f"{script} {words}", cores, 1) for name, words, cores in runs]
 
 
+def num_cores(script):
+    """The cores that a run of this script would use here."""
+    sys.path.insert(0, str(PROJECT))
+    return importlib.import_module(f"impala_procgen_{script}").num_cores()
+
+
 def gpu_memory():
     """Memory in use on the first GPU that this process may use, in GB."""
-    if not srwm.Args().cuda:
+    if not torch.cuda.is_available():
         return 0.0
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     words = f"nvidia-smi --id={gpu} --query-gpu=memory.used --format=csv,noheader,nounits".split()
@@ -76,9 +81,11 @@ class Run:
         script, *words = words.split()
         self.exp_name, self.lines = f"benchmark_{os.getpid()}_{number}", []
         launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
-        self.command = [sys.executable, *launch, PROJECT / f"impala_procgen_{script}.py", *words, "--exp-name", self.exp_name]
+        path = PROJECT / f"impala_procgen_{script}.py"
+        self.command = [sys.executable, *launch, path, *words, "--exp-name", self.exp_name]
+        own_cores = sorted(os.sched_getaffinity(0))[:cores]
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True,
-                                        preexec_fn=lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]))
+                                        preexec_fn=lambda: os.sched_setaffinity(0, own_cores))
         atexit.register(self.process.terminate if processes > 1 else self.process.kill)  # also one that is stopped
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
@@ -96,7 +103,8 @@ class Run:
     def wait(self, until):
         """Waits until something is true of this run. Ends the benchmark if the run ends without."""
         while not until():
-            if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # leaves it to `end` to reap
+            # Has it ended? It is left to `end` to reap.
+            if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 self.reader.join()
                 if until():
                     return
@@ -121,23 +129,27 @@ class Run:
         return done / seconds, self.lines[-1][1]
 
     def end(self):
-        """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in GB."""
+        """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in
+        GB."""
         os.kill(self.process.pid, signal.SIGTERM)
         os.kill(self.process.pid, signal.SIGCONT)
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
-        if self.process.returncode and "torch.distributed.run" not in self.command:  # which says 1 when it was told to stop
+        of_torchrun = "torch.distributed.run" in self.command  # which says 1 when it was told to stop
+        if self.process.returncode and not of_torchrun:
             sys.exit(f"{' '.join(map(str, self.command))}: exit status {self.process.returncode}")
         (run,) = Path("runs").glob(f"{self.exp_name}__*")
         log, means = EventAccumulator(str(run)).Reload(), []
         for tag in ("policy_lag", "normalized_return/mean"):
             events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
-            means.append(statistics.mean([e.value for e in events if e.step >= 0.9 * events[-1].step] or [float("nan")]))
+            last = [event.value for event in events if event.step >= 0.9 * events[-1].step]
+            means.append(statistics.mean(last or [float("nan")]))
         return *means, usage.ru_maxrss / 2**20
 
 
 def one_after_another(rows, seconds, steps):
-    print("| run | steps a second | ratio | steps | policy lag | mean normalised return | host memory, GB | GPU memory, GB |")
+    print("| run | steps a second | ratio | steps | policy lag | mean normalised return | host memory, GB "
+          "| GPU memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     base = None
     for number, (name, *row) in enumerate(rows):
@@ -154,12 +166,14 @@ def by_turns(rows, seconds, turns):
         run.wait(lambda run=run: run.lines)
         os.kill(run.process.pid, signal.SIGSTOP)
     speeds = [[run.turn(seconds) for run in runs] for _ in range(turns)]  # (turns, runs)
-    print("| run | steps a second, median (least, greatest) | ratio, median (least, greatest) | policy lag | host memory, GB |")
+    print("| run | steps a second, median (least, greatest) | ratio, median (least, greatest) | policy lag "
+          "| host memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for run, (name, *_), column in zip(runs, rows, zip(*speeds)):
         ratios = [speed / row[0] for speed, row in zip(column, speeds)]
         lag, _, memory = run.end()
-        words = [f"{statistics.median(x):{f}} ({min(x):{f}}, {max(x):{f}})" for x, f in ((column, ",.0f"), (ratios, ".2f"))]
+        words = [f"{statistics.median(x):{form}} ({min(x):{form}}, {max(x):{form}})"
+                 for x, form in ((column, ",.0f"), (ratios, ".2f"))]
         print(f"| {name} | {words[0]} | {words[1]} | {lag:.1f} | {memory:.1f} |", flush=True)
 
 

@@ -1,0 +1,1 @@
+"""What only evaluate.py uses: statistics and tables, and pictures."""

@@ -1,0 +1,201 @@
+"""Keeps what came of finished runs in small files, makes tables and plots of them, and publishes agents.
+
+    python evaluate.py runs/NAME --splits paper          first of all, scores the run
+    python -m reporting.results add runs/NAME ...        keeps its arguments, scores and learning curve in results/NAME
+    python -m reporting.results report                   makes tables and plots of all that is kept: results/README.md
+    python -m reporting.results release runs/NAME pretrained/srwm.pt
+                                                         weights alone, and their scores beside them in srwm.json
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import evaluate
+from reporting import pictures, tables
+
+RESULTS, POINTS = Path("results"), 200  # of a learning curve
+MAX_BYTES = 5_000_000  # of weights alone
+FIRST_LEVEL, NUM_LEVELS, NUM_STEPS = 1000, 5, 250  # a release keeps the returns of the short episodes among so many
+
+Scored = namedtuple("Scored", "path records model")  # a run, as reporting.tables wants it
+
+
+def load(folder, file="checkpoint"):
+    """A checkpoint file of a run, and its records by the names of their JSON files. Raises ValueError if one of the two
+    is missing, or if they are of different steps."""
+    path = folder / f"{file}.pt"
+    if not path.is_file():
+        raise ValueError(f"runs must be folders with a {path.name}, got {folder}")
+    checkpoint = evaluate.import_script(evaluate.script_of(path)).load_checkpoint(path, None)
+    found = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))}
+    records = {name: record for name, record in found.items() if record["file"] == file}
+    if not records:
+        raise ValueError(f"{path} has no scores yet: python evaluate.py {path} --splits paper")
+    for name, record in records.items():
+        if record["step"] != checkpoint["step"]:
+            raise ValueError(f"{folder / name} is of step {record['step']:,} and {path.name} of step "
+                             f"{checkpoint['step']:,}: score it again")
+    return checkpoint, records
+
+
+def command_of(record):
+    """What to type to repeat the run."""
+    return " ".join(["python", record["script"], *record["flags"].values()])
+
+
+def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
+    """Keeps the arguments, scores and learning curves of runs in results/.
+
+    Args:
+        runs: folders of runs that evaluate.py has scored
+    """
+    if not runs:
+        raise ValueError("runs must be named: folders of runs that evaluate.py has scored")
+    loaded = [load(run) for run in runs]  # all of them, before anything is written
+    for run, (checkpoint, records) in zip(runs, loaded):
+        kept = RESULTS / run.resolve().name
+        kept.mkdir(parents=True, exist_ok=True)
+        for old in kept.glob("evaluation_*.json"):
+            old.unlink()
+        arguments = {name: checkpoint.get(name) for name in ("script", "sha256", "step", "args", "before")}
+        write_json(kept / "arguments.json", dict(command=command_of(next(iter(records.values())))) | arguments)
+        for name, record in records.items():
+            write_json(kept / name, record)
+        write_curve(kept / "curve.csv", pictures.curves(run))
+        print(f"{run}: {kept}")
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_curve(path, curves):
+    """Writes what a plot draws of {tag: (steps, values)}, thinned, with a column for each tag."""
+    columns = {tag: dict(zip(*curve)) for tag, curve in curves.items()
+               if re.fullmatch(r"(valid_)?(return/.+|normalized_return/mean)", tag)}
+    steps = sorted(set().union(*columns.values()))
+    kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int)) if steps else []
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *columns])
+        for step in (steps[i] for i in kept):
+            values = [f"{column[step]:.6g}" if step in column else "" for column in columns.values()]
+            writer.writerow([int(step), *values])
+
+
+def read_curve(path):
+    """What `write_curve` wrote: {tag: (steps, values)}."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    tags = [tag for tag in (rows[0] if rows else ()) if tag != "step"]
+    return {tag: np.array([(int(row["step"]), float(row[tag])) for row in rows if row[tag]]).T for tag in tags}
+
+
+def tables_of(folders):
+    """The runs that are kept in these folders, {what was played: [Scored]}: those that fit into one table."""
+    found = {}
+    for folder in folders:
+        by_setting = {}
+        for path in sorted(folder.glob("evaluation_*.json")):
+            record = json.loads(path.read_text())
+            record["code"] = ""  # versions of a script that differ in no flag are one model here
+            actions = "greedy" if record["greedy"] else f"sampled {record['action_seed']}"
+            setting = (record["distribution_mode"], actions, tuple(record["games"]), record["num_levels"])
+            by_setting.setdefault(setting, []).append(record)
+        for setting, records in by_setting.items():
+            records.sort(key=lambda record: record["start_level"])
+            levels = tuple(record["start_level"] for record in records)
+            found.setdefault((*setting, levels), []).append((folder, records))
+    for setting, runs in found.items():
+        names = tables.name_models([records[0] for _, records in runs])
+        found[setting] = [Scored(*run, name) for run, name in zip(runs, names)]
+    return found
+
+
+def report():
+    """Makes tables and plots of all that is kept in results/: README.md there, and a picture for each table."""
+    found = tables_of(sorted(path for path in RESULTS.glob("*") if path.is_dir()))
+    if not found:
+        raise ValueError(f"{RESULTS}/ holds no scores: python -m reporting.results add runs/NAME")
+    for old in RESULTS.glob("*.png"):
+        old.unlink()
+    parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command "
+             "line is in its `arguments.json`."]
+    for mode, actions, *rest in sorted(found, key=lambda setting: -len(found[setting])):
+        runs = found[mode, actions, *rest]
+        rows, picture = tables.tabulate(runs), RESULTS / f"{mode}_{actions.replace(' ', '_')}.png"
+        if same := sum(part.startswith(f"## {mode}") and part.endswith(f"{actions} actions") for part in parts):
+            picture = picture.with_stem(f"{picture.stem}_{same + 1}")  # of other games or levels
+        for sentence in tables.odd_seeds([run.model for run in runs], [run.records[0] for run in runs]):
+            print(f"note: {sentence}", file=sys.stderr)
+        pictures.plot(runs, rows, [read_curve(run.path / "curve.csv") for run in runs], picture)
+        games = ", ".join(runs[0].records[0]["games"])
+        parts += [f"## {mode}: {games}; {actions} actions", tables.markdown(runs, rows),
+                  f"![learning curves and scores]({picture.name})"]
+    (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
+    print(RESULTS / "README.md")
+
+
+def release(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]):
+    """Publishes a run's weights, for evaluate.py and --init-from, and their scores in a JSON file beside them.
+
+    Args:
+        run: folder or checkpoint file of a run that evaluate.py has scored
+        target: the file to write, such as pretrained/srwm.pt
+    """
+    if target.suffix != ".pt":
+        raise ValueError(f"target must end in .pt, got {target}")
+    checkpoint, records = load(run) if run.is_dir() else load(run.parent, run.stem)
+    file = io.BytesIO()
+    torch.save(checkpoint | dict(optimizer={}, episodes={}, best=None), file)
+    if file.tell() > MAX_BYTES:
+        raise ValueError(f"target may have {MAX_BYTES:,} bytes, and the weights of {run} take {file.tell():,}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(file.getvalue())
+    record = next(iter(records.values()))
+    write_json(target.with_suffix(".json"), dict(run=record["run"], command=command_of(record), step=record["step"],
+                                                 levels=play_levels(target), scores=list(records.values())))
+    print(f"{target}: {file.tell():,} bytes; {target.with_suffix('.json')}")
+
+
+def play_levels(path):
+    """Plays a few levels of each game on the CPU, in float32, greedily, and returns [[game, level, return]] of those
+    that end soon: by them one sees on another machine that weights and scores belong together."""
+    torch.set_num_threads(1)  # as when runs are scored
+    run = evaluate.load_run(path, evaluate.Args(cuda=False, bf16=False))
+    policy = evaluate.Policy(run.script, run.agent, run.args, greedy=True, seed=1)
+    each = max(1, min(NUM_LEVELS, len(policy.step) // len(run.games)))
+    splits = [evaluate.Split(FIRST_LEVEL + n, 1, "test") for n in range(each)]
+    episodes = [pictures.Game(game, split, policy, slot, evaluate.make_level)
+                for slot, (game, split) in enumerate(itertools.product(run.games, splits))]
+    for _ in range(NUM_STEPS):
+        actions = policy.act()
+        for episode in episodes:
+            if not episode.ended:
+                episode.step(actions)
+    return [[episode.name, episode.level, episode.total] for episode in episodes if episode.ended]
+
+
+def main():
+    evaluate.open_streams()
+    commands = dict(add=add, report=report, release=release)
+    try:
+        interface = tyro.extras.subcommand_cli_from_dict
+        evaluate.command_line(__doc__, interface, subcommands=commands, prog="reporting.results", description="")
+    except (ValueError, OSError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What is kept of finished runs, the tables and plots of it, and agents to play with."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import evaluate
+from reporting import results
+
+ROOT = Path(__file__).parent.parent
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+
+
+@pytest.fixture(scope="module")
+def scored_once(trained_once, tmp_path_factory):
+    run = shutil.copytree(trained_once, tmp_path_factory.mktemp("scored_once") / trained_once.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "SLOTS", {"cpu": 4})
+        patch.setattr(evaluate, "VECTOR", {"cpu": 2})
+        words = "--splits train 1000 --num-levels 1 --no-cuda"
+        patch.setattr(sys, "argv", [evaluate.__file__, str(run), *words.split()])
+        evaluate.main()
+    return run
+
+
+@pytest.fixture
+def scored(scored_once, command, tmp_path):
+    """A run with the scores of one training and one test level of each game, under runs/ in the test's own folder."""
+    return shutil.copytree(scored_once, tmp_path / "runs" / scored_once.name)
+
+
+def a_seed(run, seed, script_version):
+    """A copy of a scored run as if it were another seed's, trained with another version of the script."""
+    copy = run.with_name(f"seed_{seed}")
+    copy.mkdir()
+    checkpoint = torch.load(run / "checkpoint.pt")
+    torch.save(checkpoint | dict(args=checkpoint["args"] | dict(seed=seed)), copy / "checkpoint.pt")
+    for path in run.glob("evaluation*"):
+        record = json.loads(path.read_text())
+        record |= dict(seed=seed, code=script_version, flags=record["flags"] | dict(seed=f"--seed {seed}"))
+        (copy / path.name).write_text(json.dumps(record))
+    return copy
+
+
+def test_what_is_kept_of_a_run_is_its_command_line_arguments_scores_and_curve(scored, command):
+    with SummaryWriter(scored) as writer:
+        for step in range(1000):
+            writer.add_scalar("return/bigfish", step / 8, 10 * step)
+    command(results, "add", scored)
+    kept = Path("results", scored.name)
+    arguments = json.loads((kept / "arguments.json").read_text())
+    assert arguments["args"] == torch.load(scored / "checkpoint.pt")["args"] and arguments["step"] == 20
+    flags = "--multi-env 2 --num-actors 2 --num-envs 4 --total-steps 20 --unroll-length 5 --batch-size 4"
+    words = {"python", "impala_procgen_srwm.py", "--log-interval", "0.0", *flags.split()}
+    assert set(arguments["command"].split()) == words
+    for name in ("evaluation_easy_0_1.json", "evaluation_easy_1000_1.json"):
+        assert json.loads((kept / name).read_text()) == json.loads((scored / name).read_text())
+    steps, values = results.read_curve(kept / "curve.csv")["return/bigfish"]
+    assert len(steps) == 200 and (steps[0], steps[-1]) == (0, 9990) and (values == steps / 80).all()
+    assert sum(path.stat().st_size for path in kept.iterdir()) < 20_000
+
+
+def test_a_curve_keeps_the_steps_at_which_a_game_had_no_episode_empty(tmp_path):
+    curves = {"return/maze": np.array([[5, 10], [1.0, 2.0]]), "return/leaper": np.array([[10], [0.5]]),
+              "SPS": np.ones((2, 2))}
+    results.write_curve(tmp_path / "curve.csv", curves)
+    assert (tmp_path / "curve.csv").read_text() == "step,return/maze,return/leaper\n5,1,\n10,2,0.5\n"
+    found = results.read_curve(tmp_path / "curve.csv")
+    assert {tag: curve.tolist() for tag, curve in found.items()} == {
+        "return/maze": [[5, 10], [1, 2]], "return/leaper": [[10], [0.5]]}
+
+
+@needs_matplotlib
+def test_the_report_s_table_is_that_of_evaluate_py(scored, score, command, capsys):
+    score(scored, "--splits", "train", "1000", "--num-levels", 1, "--format", "markdown")
+    expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    command(results, "add", scored)
+    command(results, "report")
+    written = Path("results/README.md").read_text()
+    assert [line for line in written.splitlines() if line.startswith("|")] == expected
+    assert "(easy_greedy.png)" in written and Path("results/easy_greedy.png").stat().st_size > 10_000
+
+
+def test_seeds_are_one_model_whatever_the_version_of_the_script_and_other_levels_another_table(scored, score, command):
+    score(scored, "--splits", "1200", "--num-levels", 1, "--env", "fruitbot")
+    command(results, "add", scored, a_seed(scored, 2, "12345678"))
+    found = results.tables_of(sorted(Path("results").iterdir()))
+    assert {setting[2:]: [run.model for run in runs] for setting, runs in found.items()} == {
+        (("bigfish", "fruitbot"), 1, (0, 1000)): ["srwm", "srwm"], (("fruitbot",), 1, (1200,)): ["srwm", "srwm"]}
+
+
+def test_scores_of_another_step_are_not_kept(scored, command, refused):
+    checkpoint = torch.load(scored / "checkpoint.pt")
+    torch.save(checkpoint | {"step": 40}, scored / "checkpoint.pt")
+    refused(lambda: command(results, "add", scored), "is of step 20 and checkpoint.pt of step 40: score it again")
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("add", "runs must be named"), ("add nowhere", "runs must be folders with a checkpoint.pt, got nowhere"),
+    ("add RUN", "has no scores yet"), ("report", "results/ holds no scores"), ("publish", "add, report, release"),
+    ("release RUN agent.pth", "target must end in .pt"),
+])
+def test_what_is_not_allowed_is_refused(words, expected, trained, command, refused):
+    refused(lambda: command(results, *[trained if word == "RUN" else word for word in words.split()]), expected)
+    assert not Path("results").exists()
+
+
+# Agents to play with
+
+
+@pytest.fixture
+def released(scored, command, monkeypatch, capsys):
+    monkeypatch.setattr(results, "NUM_STEPS", 40)
+    command(results, "release", scored, "pretrained/agent.pt")
+    capsys.readouterr()
+    return Path("pretrained/agent.pt")
+
+
+def test_a_release_is_the_weights_alone_and_its_scores_beside_it(scored, released):
+    whole, weights = torch.load(scored / "checkpoint.pt"), torch.load(released)
+    assert weights["optimizer"] == {} and released.stat().st_size < 5e6
+    assert all((weights["model"][name] == tensor).all() for name, tensor in whole["model"].items())
+    scores = json.loads(released.with_suffix(".json").read_text())["scores"]
+    assert scores == [json.loads(path.read_text()) for path in sorted(scored.glob("evaluation*"))]
+
+
+def test_weights_alone_are_scored_like_their_run_and_leave_their_folder_alone(scored, released, score):
+    before = {path: path.read_bytes() for path in released.parent.iterdir()}
+    score(released, "--splits", "1000", "--num-levels", 1)
+    assert {path: path.read_bytes() for path in released.parent.iterdir()} == before
+    ours, theirs = (json.loads(path.read_text()) for path in (Path("runs/agent/evaluation_agent_easy_1000_1.json"),
+                                                              scored / "evaluation_easy_1000_1.json"))
+    assert ours["games"] == theirs["games"]
+
+
+def test_weights_alone_begin_a_new_run(released, train):
+    run = train("--total-steps", 20, "--init-from", released, "--learning-rate", 0)
+    new, old = (torch.load(path)["model"] for path in (run / "checkpoint.pt", released))
+    assert all((new[name] == tensor).all() for name, tensor in old.items())
+
+
+def replay(path):
+    """The returns that a release has of some levels, and those that its weights get now."""
+    run = evaluate.load_run(path, evaluate.Args(cuda=False, bf16=False))
+    *levels, stored = zip(*json.loads(path.with_suffix(".json").read_text())["levels"])
+    return evaluate.play(run.script, run.agent, run.args, list(zip(*levels))).tolist(), list(stored)
+
+
+def test_a_release_keeps_returns_that_its_weights_get_again(released, monkeypatch, few_slots):
+    monkeypatch.setattr(results, "NUM_STEPS", 250)
+    levels = results.play_levels(released)
+    released.with_suffix(".json").write_text(json.dumps(dict(levels=levels)))
+    now, stored = replay(released)
+    assert now == stored and len(stored) > 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
+def test_a_pretrained_agent_gets_the_returns_that_stand_beside_it(path, few_slots):
+    now, stored = replay(path)
+    assert now == stored and len(stored) > 0 and path.stat().st_size <= 5e6
