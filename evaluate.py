@@ -171,7 +171,7 @@ def load_run(path, args):
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)  # for this machine
     known = {field.name for field in fields(script.Args)}
-    history = [script.complete(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
+    history = [script.resolve_args(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
                for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
     trained, trained_games = history[0]
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games

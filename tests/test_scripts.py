@@ -24,7 +24,7 @@ def shared_text(stem):
     """A script without its model section and its docstring's title, and under a name that all share."""
     text = (ROOT / f"{stem}.py").read_text()
     before, model, after = re.split(r"\n# =+ model: .*\n|\n# =+ end of the model =+\n", text)
-    assert "class Args(TrainingArgs)" in model and "class Agent(nn.Module)" in model
+    assert "class ModelArgs" in model and "class Agent(nn.Module)" in model
     return [line.replace(stem, "SCRIPT") for line in (before + after).splitlines()[1:]]
 
 
