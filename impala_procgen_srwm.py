@@ -1,4 +1,4 @@
-"""IMPALA on ProcGen with a self-referential weight matrix (SRWM): a network whose weights modify themselves as it plays.
+"""IMPALA on ProcGen with a self-referential weight matrix (SRWM): a network that modifies its own weights as it plays.
 
 Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022, arXiv 2202.05780).
 Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors and V-trace, in one process.
@@ -8,20 +8,17 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
     python impala_procgen_srwm.py --resume runs/NAME     continues a run
     python evaluate.py --start-level 1000                scores it on new levels
 
-How the data flows:
-
     engine -- frame, reward, done --> Actor -- full Unrolls --> Learner
        ^                              |   ^                   batch, agent,
        '----------- action -----------'   |                   V-trace, RMSprop
                                           '----- Weights -----'
 
-For an ablation, copy this file and change it. The story comes first, housekeeping below a ruled line. In shapes, T is time
-steps, B environments, H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 900 on two CPU
-cores.
+The story comes first, housekeeping below a ruled line. For an ablation, copy this file and change it. In shapes, T is
+time steps, B environments, H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 900 on
+two CPU cores.
 """
 
 import contextlib
-import copy
 import ctypes
 import hashlib
 import io
@@ -35,7 +32,6 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 import weakref
 import zipfile
 from collections import Counter, deque
@@ -66,14 +62,11 @@ RETURN_RANGE = {
     "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)}, "heist": {"easy": (3.5, 10), "hard": (2, 10)},
     "jumper": {"easy": (3, 10), "hard": (1, 10)}, "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
 }
-GAMES = {  # by distribution mode
-    "easy": list(RETURN_RANGE),
-    "hard": list(RETURN_RANGE),
-    "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
-    "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"],
-}
+GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
+         "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
+         "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
 Mode = Literal["easy", "hard", "extreme", "memory"]
-FRAME_SHAPE, NUM_ACTIONS = (64, 64, 3), 15  # of every game
+FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # of every game, and of the encoder
 
 
 @dataclass
@@ -84,11 +77,10 @@ class RunArgs:
     cuda: bool = torch.cuda.is_available()  # train on the GPU
     cuda_graphs: bool = True  # on a GPU; without, print, .item() and breakpoints work in Actor.act and Learner.loss
     bf16: bool | None = None  # run the CNN in bfloat16 (None: where the hardware computes in it)
-    # continue the run in this folder, or from this checkpoint file of it; its own arguments are the defaults then. auto:
-    # continue the newest unfinished run of the same arguments, or begin a new one
+    # continue the run in this folder, or from this checkpoint file of it, with its own arguments as defaults;
+    # auto: continue the newest unfinished run of the same arguments, or begin a new one
     resume: Path | None = None
-    # begin a new run with the weights of this run or checkpoint file, and with its model's arguments as defaults
-    init_from: Path | None = None
+    init_from: Path | None = None  # begin a new run with weights and model arguments of this run or checkpoint file
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works without a network)
     wandb_project_name: str = "srwm-procgen"  # project to log to
     wandb_entity: str | None = None  # user or team to log to
@@ -106,8 +98,7 @@ class EnvironmentArgs:
     num_levels: int = 200  # levels of each game to train on; 0: all
     start_level: int = 0  # the first of these levels
     num_actors: int | None = None  # actors, each with a vector of environments (None: by the number of cores)
-    # environments of each actor, a multiple of the number of games (None: about 96 on a GPU, 24 on a CPU)
-    num_envs: int | None = None
+    num_envs: int | None = None  # environments of each, a multiple of the games (None: about 96 on a GPU, 24 on a CPU)
     valid_num_levels: int = 0  # levels of each game to validate on while training (0: no validation)
     valid_start_level: int = 500  # the first of these levels
     valid_distribution_mode: Mode | None = None  # their distribution mode (None: that of the training)
@@ -128,15 +119,13 @@ class LearningArgs:
     entropy_cost: float = 0.01  # weight of the entropy bonus
     # abs_one: clamp rewards to [-1, 1] for learning; normalize: divide by the spread of a game's returns; none: neither
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
-    # carry the recurrent state, if the model has one, from unroll to unroll; without, it is the state-reset ablation
-    carry_state: bool = True
+    carry_state: bool = True  # keep the recurrent state from unroll to unroll; without, the state-reset ablation
 
 
 class Residual(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv0, self.conv1 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x):
         return x + self.conv1(F.relu(self.conv0(F.relu(x))))
@@ -145,15 +134,13 @@ class Residual(nn.Module):
 class Encoder(nn.Module):
     """IMPALA's residual CNN (Espeholt et al. 2018, figure 3): frames (N, 64, 64, 3) uint8 to features (N, 256)."""
 
-    size = 256
-
     def __init__(self, args):
         super().__init__()
         layers, channels = [], FRAME_SHAPE[-1]
-        for width in (16, 32, 32):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, 2, 1), Residual(width), Residual(width)]
-            channels = width
-        self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, self.size)  # 64 is halved three times
+        for out in (16, 32, 32):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.MaxPool2d(3, 2, 1), Residual(out), Residual(out)]
+            channels = out
+        self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, FEATURES)  # 64 is halved three times
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
         self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # not so in a copy that changes it
         if not self.fused:
@@ -183,7 +170,7 @@ class ModelArgs:
 
 
 class SRWM(nn.Module):
-    """A layer of self-referential weight matrices: y = x W, and W programs its own change (Irie et al. 2022, section 3)."""
+    """Self-referential weight matrices: y = x W, and W programs its own change (Irie et al. 2022, section 3)."""
 
     def __init__(self, args):
         super().__init__()
@@ -216,7 +203,7 @@ class Agent(nn.Module):
             raise ValueError(f"--hidden-size / --num-head must be one of {srwm_cuda.KERNEL_HEAD_SIZES} on a GPU, "
                              f"got {args.hidden_size} / {args.num_head}")
         self.encoder = Encoder(args)
-        self.input = nn.Linear(Encoder.size + 1, args.hidden_size)  # its features and the last reward
+        self.input = nn.Linear(FEATURES + 1, args.hidden_size)  # and the last reward
         self.layers = nn.ModuleList(SRWM(args) for _ in range(args.num_layers))
         self.feed_forward = nn.ModuleList(feed_forward_block(args.hidden_size) for _ in range(args.num_layers))
         self.policy, self.baseline = nn.Linear(args.hidden_size, NUM_ACTIONS), nn.Linear(args.hidden_size, 1)
@@ -247,8 +234,8 @@ class Args(RunArgs, EnvironmentArgs, LearningArgs, ModelArgs):
 def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     """V-trace targets and policy-gradient advantages (Espeholt et al. 2018, section 4.1) with all weights clipped at 1.
 
-    log_rhos, log(pi / mu) of the actions taken, discounts, rewards and values: (T, B); bootstrap_value, V at step T: (B,).
-    Returns vs and pg_advantages, (T, B) each, without gradient.
+    log_rhos, which is log(pi / mu) of the actions taken, discounts, rewards and values: (T, B); bootstrap_value, which
+    is V at step T: (B,). Returns vs and pg_advantages, (T, B) each, without gradient.
     """
     rhos = log_rhos.exp().clamp(max=1.0)
     next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
@@ -270,7 +257,7 @@ def make_envs(args, games, num, seed, num_threads=0, **options):
     try:
         envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
     except OSError as error:  # the dynamic linker's
-        raise ValueError(f"procgen's engine does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
+        raise ValueError(f"procgen does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
     envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
     return envs
 
@@ -295,26 +282,10 @@ class Episodes:
         returns = [episode_return for episode_return, _ in list(self.recent[game])]
         return (np.std(returns) if len(returns) >= 10 else 0.0) or 1.0
 
-    def scalars(self, mode):
-        """Mean return, length and normalised return of each game, and their mean over games once each has ended one."""
-        means = {game: np.mean(episodes, axis=0).tolist() for game, episodes in self.saved().items() if episodes}
-        kinds = {"return": {game: mean[0] for game, mean in means.items()},
-                 "length": {game: mean[1] for game, mean in means.items()}, "normalized_return": {}}
-        for game, value in kinds["return"].items():
-            if mode in RETURN_RANGE[game]:
-                low, high = RETURN_RANGE[game][mode]
-                kinds["normalized_return"][game] = (value - low) / (high - low)
-        for values in kinds.values():
-            if len(values) == len(self.recent):
-                values["mean"] = np.mean(list(values.values())).item()
-        return {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
-
 
 class Unroll:
     """T + 1 time steps of B environments, in fixed memory on the learner's device; the last is the next unroll's first.
-
-    It is what actors fill, and the learner's batch, whose columns come from several.
-    """
+    Actors fill it, and the learner's batch is one too, whose environments come from several."""
 
     def __init__(self, agent, T, B):
         device = next(agent.parameters()).device
@@ -335,21 +306,9 @@ class Unroll:
         return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
-@torch.no_grad()
-def reset_diverged(agent, state):
-    """Zeroes the state, whose parts are (B, ...), of environments in which it is not finite or reaches agent.state_bound, if
-    there is one. Returns their number, a tensor: nobody waits for it."""
-    bound = getattr(agent, "state_bound", math.inf)
-    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
-    diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
-    for part in state:
-        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
-    return diverged.sum()
-
-
 class Weights:
     """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU each copy
-    waits there for the one before, whichever thread began it; nobody waits for a copy on the host."""
+    waits for the one before, whichever thread began it, but no thread waits."""
 
     def __init__(self, agent):
         self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
@@ -374,19 +333,15 @@ class Weights:
 
 
 class Actor:
-    """A vector of environments and the agent that plays it: fills an unroll with T of its steps, with the newest weights.
-
-    A step of the policy is one function, `act`, and on a GPU one CUDA graph: from the frames in the engine's memory to the
-    actions on their way back.
-    """
+    """A vector of environments and the agent that plays it: fills unrolls, each with the weights that are newest then.
+    A step of the policy is one function, `act`, and on a GPU one CUDA graph: from the engine's frames to actions."""
 
     def __init__(self, index, pool):
-        args, B = pool.args, pool.args.num_envs
+        args, B, device = pool.args, pool.args.num_envs, torch.device("cuda" if pool.args.cuda else "cpu")
         self.name, self.args, self.games, self.pool = f"actor {index}", args, pool.games, pool
         self.waiting_since = None  # when it began to wait for its environments
         self.envs = make_envs(args, pool.games, B, pool.seed + index, engine_threads(args))
         self.returns, self.lengths = np.zeros(B), np.zeros(B, dtype=np.int64)
-        device = torch.device("cuda" if args.cuda else "cpu")
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
         self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
@@ -410,7 +365,7 @@ class Actor:
                 self.run_act = capture(self.act, self.stream, self.generator)
 
     def store(self):
-        """Uploads what the environments show, and writes it to the unroll. Returns it: obs, reward and done, (1, B, ...)."""
+        """Uploads obs, reward and done, and writes them to the unroll. Returns them, (1, B, ...) each."""
         inputs = [x.to(self.t.device, non_blocking=True) for x in self.inputs]
         for steps, x in zip(self.unroll.inputs, inputs):
             steps.index_copy_(0, self.t, x)
@@ -430,7 +385,7 @@ class Actor:
         self.t += 1
 
     def observe(self):
-        """Waits for the environments. Returns reward (B,), a dictionary with the frames, and done (B,), all the engine's."""
+        """Waits for the environments. Returns the engine's reward (B,), dictionary with the frames, and done (B,)."""
         self.waiting_since = time.monotonic()
         reward, obs, done = self.envs.observe()
         self.waiting_since = None
@@ -438,8 +393,8 @@ class Actor:
         return reward, obs, done
 
     def play(self, unroll):
-        """Fills the unroll with the next T steps. A generator: it yields where it would wait, for the device and then for
-        the environments, so that the thread can turn to other actors."""
+        """Fills the unroll with the next T steps. A generator: it yields where it would wait for the device or for the
+        environments, so that the thread can turn to other actors."""
         unroll.version = self.pool.weights.fetch(self.agent)
         self.num_diverged += reset_diverged(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
@@ -474,9 +429,8 @@ class Actor:
 class ActorPool:
     """Actors, the threads in which they play, and the unrolls that pass between them and the learner.
 
-    On a GPU there is one thread, which turns from actor to actor: threads share Python's lock, and waiting for it would cost
-    more than all that an actor does with it. On a CPU, where a thread computes what it asks for, each actor has its own.
-    With --deterministic there are no threads: whoever asks for an unroll lets the next actor play it.
+    On a GPU one thread plays all actors by turns, since several would wait for Python's lock. On a CPU, where most time
+    is spent outside that lock, each actor has its own. With --deterministic, `get` itself lets the next actor play.
     """
 
     def __init__(self, args, episodes, weights, seed, stop, num_unrolls):
@@ -496,26 +450,8 @@ class ActorPool:
 
     def run(self, actors):
         """Lets actors play by turns until the pool is closed."""
-        def unrolls(actor):
-            while (unroll := self.free.get()) is not None:
-                yield from actor.play(unroll)
-                self.full.put(unroll)
-
-        def go_on(i):
-            if actors[i].stream is not None:
-                torch.cuda.set_stream(actors[i].stream)
-            next(games[i], None)
-
         try:
-            games, number = [unrolls(actor) for actor in actors], len(actors)
-            later = (number + 1) // 3  # turns of others in which an actor infers
-            for i in range(number):  # if all unrolls ended at once, the learner could not take them, and nobody would play
-                for _ in range(2 * (i * self.args.unroll_length // number) + (i + later >= number)):
-                    go_on(i)
-            while not self.closed:
-                for i in range(number):
-                    go_on(i)  # its environments have moved, and it infers
-                    go_on(i - later)  # it has inferred, and its environments move
+            take_turns(actors, self)
         except BaseException as error:
             self.error = error
         finally:
@@ -532,23 +468,11 @@ class ActorPool:
                         return None
             return unroll
         while not self.stop.now():
+            check_actors(self)
             with contextlib.suppress(queue.Empty):
-                unroll = self.full.get(timeout=0.5)
-                self.check()
-                return unroll
-            self.check()
+                if (unroll := self.full.get(timeout=0.5)) is not None:
+                    return unroll
         return None
-
-    def check(self):
-        """Raises the exception that an actor died of, and TimeoutError if its environments do not answer."""
-        if self.error is not None:
-            raise self.error
-        for actor in self.actors:
-            since = actor.waiting_since
-            if since is not None and time.monotonic() - since > STUCK_AFTER:
-                time.sleep(1)  # if it was this whole process that stood still, they answer now
-                if actor.waiting_since == since:
-                    raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
 
     def close(self):
         self.closed = True
@@ -560,8 +484,8 @@ class ActorPool:
 
 
 class Learner:
-    """Agent and optimizer, and the update: forward, V-trace, backward, clipping and RMSprop. On a GPU it is two CUDA graphs,
-    between which processes average their gradients."""
+    """Agent and optimizer, and the update: forward, V-trace, backward, clipping and RMSprop. On a GPU it is two CUDA
+    graphs, between which processes average their gradients."""
 
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args = agent, args
@@ -581,8 +505,7 @@ class Learner:
                 self.run_step = capture(self.step, torch.cuda.current_stream())
 
     def fill(self, pool, version):
-        """Fills the batch with the next unrolls of single environments. Returns their mean policy lag, in updates, or None
-        after a signal to stop."""
+        """Fills the batch with the next environments of unrolls. Returns their mean policy lag; None after a signal."""
         filled, lag = 0, 0.0
         while filled < self.args.batch_size:
             if self.unroll is None:
@@ -606,9 +529,8 @@ class Learner:
         logits, values, _ = self.agent(batch.obs, batch.reward, batch.done, batch.state)
         values, bootstrap_value = values[:-1], values[-1].detach()
         log_pi, log_mu = logits[:-1].log_softmax(-1), batch.logits.log_softmax(-1)
-        action = batch.action.unsqueeze(-1)
-        log_pi_action, log_mu_action = log_pi.gather(-1, action).squeeze(-1), log_mu.gather(-1, action).squeeze(-1)  # (T, B)
-        log_rhos = log_pi_action.detach() - log_mu_action
+        log_pi_action, log_mu_action = (x.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for x in (log_pi, log_mu))
+        log_rhos = log_pi_action.detach() - log_mu_action  # (T, B)
         rewards = batch.reward[1:]  # after each action
         rewards = rewards.clamp(-1, 1) if args.reward_clipping == "abs_one" else rewards * batch.reward_scale
         discounts = args.discounting * (~batch.done[1:]).float()
@@ -635,8 +557,8 @@ class Learner:
 
     @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all weights
-        and averages stay what they were. Returns the gradient's norm before."""
+        """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all
+        weights and averages stay what they were. Returns the gradient's norm before."""
         gradient_norm = nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.grad_norm_clipping)
         finite = torch.stack([*self.statistics.values(), gradient_norm]).isfinite().all()
         averages = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
@@ -665,10 +587,10 @@ def train(run, stop):
     learner = run.learner = Learner(agent, args, run.optimizer_state)
     weights = Weights(agent)
     seed = (args.seed + run.step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; each process has its range
-    # Unrolls are bounded, and with them memory and the policy lag: while the actors fill one each, a full one is learned from.
-    # In the mean, an unroll is older by (actors + 1) x environments / batch updates at most than the weights that it changes.
+    # Each actor fills one unroll while one more is learned from. This bounds memory and the policy lag: the weights
+    # that acted are older than those that learn by about (actors + 1) x environments / batch updates.
     pool = ActorPool(args, run.episodes, weights, seed, stop, num_unrolls=args.num_actors + 1)
-    run.open(weights, seed, stop)
+    run.open(pool, seed, stop)
     try:
         pool.start()
         while run.step < args.total_steps and not stop.agreed(learner.learning_rate.device):
@@ -677,7 +599,7 @@ def train(run, stop):
             learning_rate = args.learning_rate * (1 - run.step / args.total_steps)
             statistics = learner.update(learning_rate)
             weights.publish(agent)
-            run.after_update(statistics, lag, learning_rate, pool)
+            run.after_update(statistics, lag, learning_rate)
         run.finish()
     finally:
         pool.close()
@@ -685,22 +607,27 @@ def train(run, stop):
     run.report()
 
 
-# ================================ housekeeping: all that a run needs, and no reader of the paper ================================
+# ========================== housekeeping: what a run needs, and no reader of the paper ==========================
+# Arguments, the command line, a run with its checkpoints and its log, the engine, CUDA, processes, signals, main.
 
-# What is allowed
-
+RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
+    int(os.environ.get(name, default)) for name, default in
+    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
+STUCK_AFTER = 60  # seconds without an answer from environments
+MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
 def check_numbers(args):
     may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
                    "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            flag, limit = name.replace("_", "-"), 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
+            limit = 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
+            allowed = f"{'at least 0' if name in may_be_zero else 'positive'} and less than {limit}"
+            if name in ("discounting", "alpha", "momentum") and value > 1:
+                limit, allowed = 0, "at most 1"
             if not (0 < value < limit or value == 0 and name in may_be_zero):
-                lowest = "at least 0" if name in may_be_zero else "positive"
-                raise ValueError(f"--{flag} must be {lowest} and less than {limit}, got {value}")
-            if value > 1 and name in ("discounting", "alpha", "momentum"):
-                raise ValueError(f"--{flag} must be at most 1, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
 
 
 def check_games(games, args, valid=""):
@@ -708,9 +635,9 @@ def check_games(games, args, valid=""):
     mode = args.distribution_mode
     if mode not in GAMES:
         raise ValueError(f"--{valid}distribution-mode must be one of {', '.join(GAMES)}, got {mode}")
-    for game in games:
-        if game not in GAMES[mode]:
-            raise ValueError(f"--env must be one of {', '.join(GAMES[mode])} in {valid}distribution mode {mode}, got {game}")
+    for game in set(games) - set(GAMES[mode]):
+        allowed = ", ".join(GAMES[mode])
+        raise ValueError(f"--env must be one of {allowed} in {valid}distribution mode {mode}, got {game}")
     if args.start_level > 0 and args.num_levels == 0:
         raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
     if args.start_level + args.num_levels >= 2**31:
@@ -722,7 +649,7 @@ def check_device(args):
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda computes on the CPU")
     if args.cuda and NUM_PROCESSES_HERE > torch.cuda.device_count():
-        raise ValueError(f"--cuda needs a GPU for each of {NUM_PROCESSES_HERE} processes, not {torch.cuda.device_count()}")
+        raise ValueError(f"--cuda needs a GPU for each process: {NUM_PROCESSES_HERE}, not {torch.cuda.device_count()}")
     if args.bf16 is None:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if args.cuda
@@ -740,17 +667,16 @@ def resolve_args(given):
 
     A checkpoint keeps the arguments as given, so that None is decided anew on the machine that continues.
     """
-    args = copy.copy(given)
+    args = replace(given)
     check_numbers(args)
     check_device(args)
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
-    games = GAMES.get(args.distribution_mode, [])
+    mode, games = args.distribution_mode, GAMES.get(args.distribution_mode, [])
     if (args.multi_env or 0) > len(games) > 0:
-        raise ValueError(f"--multi-env must be at most {len(games)} in distribution mode {args.distribution_mode}, "
-                         f"got {args.multi_env}")
+        raise ValueError(f"--multi-env must be at most {len(games)} in distribution mode {mode}, got {args.multi_env}")
     games = [args.env] if args.env is not None else games[: args.multi_env or 6]
     check_games(games, args)
     if args.valid_num_levels:
@@ -758,7 +684,7 @@ def resolve_args(given):
         check_games(games, valid_args, "valid-")
         first, last = valid_args.start_level, valid_args.start_level + valid_args.num_levels - 1
         end = args.start_level + (args.num_levels or 2**31)
-        if valid_args.distribution_mode == args.distribution_mode and first < end and args.start_level <= last:
+        if valid_args.distribution_mode == mode and first < end and args.start_level <= last:
             raise ValueError(f"--valid-start-level must begin levels that are not trained on, got {first} to {last}")
 
     if args.num_actors is None:
@@ -769,22 +695,18 @@ def resolve_args(given):
     if args.num_envs % len(games):
         raise ValueError(f"--num-envs must be a multiple of {len(games)}, the number of games, got {args.num_envs}")
     if args.batch_size > args.num_actors * args.num_envs:
-        raise ValueError(f"--batch-size must be at most {args.num_actors * args.num_envs}, the number of all environments "
-                         f"(--num-actors times --num-envs), got {args.batch_size}")
+        raise ValueError(f"--batch-size must be at most {args.num_actors * args.num_envs}, the number of all "
+                         f"environments (--num-actors times --num-envs), got {args.batch_size}")
     return args, games
 
 
-# The command line, and which run continues
-
-# What flags of the reference and of CleanRL are called here.
-FOREIGN = {
-    **{f"use-{flag}": f"impala_procgen_{name}.py" for flag, name in dict(
-        sr="srwm", lstm="lstm", delta="delta", psr="fake_sr", smfwp="sr_delta").items()},
+FOREIGN = {  # what flags of the reference and of CleanRL are called here
+    **{f"use-{flag}": f"impala_procgen_{name}.py" for flag, name in
+       {"sr": "srwm", "lstm": "lstm", "delta": "delta", "psr": "fake_sr", "smfwp": "sr_delta"}.items()},
+    **{f"test-{flag}": f"evaluate.py --{flag}" for flag in ("num-levels", "start-level", "distribution-mode")},
     "use-no-carry-sr": "--no-carry-state", "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name",
     "savedir": "nothing: runs go to runs/", "use-wandb": "--track", "project-name": "--wandb-project-name",
-    "write-profiler-trace": "--profile", "mode": "evaluate.py", "test-num-levels": "evaluate.py --num-levels",
-    "test-start-level": "evaluate.py --start-level", "test-distribution-mode": "evaluate.py --distribution-mode",
-    "num-servers": "--num-actors and --num-envs",
+    "write-profiler-trace": "--profile", "mode": "evaluate.py", "num-servers": "--num-actors and --num-envs",
     **dict.fromkeys(("single-gpu", "pipes-basename", "num-learner-threads", "num-inference-threads", "num-actions",
                      "disable-validation"), "nothing: not needed"),
     "env-id": "--env", "total-timesteps": "--total-steps", "num-steps": "--unroll-length", "gamma": "--discounting",
@@ -806,18 +728,21 @@ def command_line(default):
         if i and words[i - 1].replace("_", "-") == "--total-steps" and re.fullmatch(r"[\d.]+e\d+", word.lower()):
             words[i] = f"{float(word):.0f}"
     groups = dict(run=RunArgs, environment=EnvironmentArgs, learning=LearningArgs, model=ModelArgs)
-    defaults = [kind(**{field.name: getattr(default, field.name) for field in fields(kind)}) for kind in groups.values()]
+    defaults = [group(**{field.name: getattr(default, field.name) for field in fields(group)})
+                for group in groups.values()]
     grouped = make_dataclass("Grouped", groups.items())
     if {"-h", "--help"} & set(words):
-        width = shutil.get_terminal_size().columns
-        print("\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width) for part in __doc__.split("\n\n")))
+        for part in __doc__.rstrip().split("\n\n"):  # what is indented stays as it is
+            text = part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns)
+            print(text, end="\n\n")
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
             parsed = tyro.cli(grouped, default=grouped(*defaults), args=words, config=(tyro.conf.OmitArgPrefixes,))
         except SystemExit as end:
             if end.code:
-                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # less the title and the last rule
-                raise ValueError(" ".join(" ".join(line for line in lines if line.strip("─-")).split())) from None
+                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # no title, no last rule
+                text = " ".join(" ".join(line for line in lines if line.strip("─-")).split())
+                raise ValueError(text.replace(" .", ".")) from None
             raise
     return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
@@ -829,43 +754,33 @@ def parse_args(launch):
     if given.resume is not None and given.init_from is not None and not auto:
         raise ValueError("--resume and --init-from exclude each other")
     if given.init_from is not None:
-        checkpoint = load_checkpoint(find_checkpoint(given.init_from), None)
+        checkpoint = load_checkpoint(given.init_from, None)
         saved = saved_args(checkpoint)
         given = command_line(Args(**{field.name: getattr(saved, field.name) for field in fields(ModelArgs)}))
         before = [checkpoint["args"], *checkpoint.get("before", ())]  # what the weights have learned from
         checkpoint = dict(step=0, model=checkpoint["model"], before=before)
     given.resume = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
     if given.resume is not None:
-        path = find_checkpoint(given.resume)
-        checkpoint = load_checkpoint(path, Path(__file__).name)
+        path, script = given.resume, Path(__file__).name
+        checkpoint = load_checkpoint(path, script)
         saved = saved_args(checkpoint)
-        given = replace(command_line(saved), resume=path.parent)
-        check_same_experiment(given, saved)
+        given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
+        for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",
+                     "reward_clipping", "carry_state", *(field.name for field in fields(ModelArgs))]:
+            before, now = getattr(saved, name), getattr(given, name)
+            if before != now and not (name == "multi_env" and {before, now} == {None, 6}):
+                raise ValueError(f"--{name.replace('_', '-')} cannot become {now} in {given.resume}, which began with "
+                                 f"{before}; --init-from begins a new run with its weights")
         if RANK == 0 and checkpoint["step"] < given.total_steps:
             lock(given.resume)
-            checkpoint = load_checkpoint(path, Path(__file__).name)  # again: whoever had the run may have saved it last
+            checkpoint = load_checkpoint(path, script)  # again: whoever had the run may have saved it last
     return given, checkpoint
-
-
-def check_same_experiment(given, saved):
-    """Raises ValueError where an argument would make another experiment of the run that continues."""
-    for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",
-                 "reward_clipping", "carry_state", *(field.name for field in fields(ModelArgs))]:
-        before, now = getattr(saved, name), getattr(given, name)
-        if before != now and not (name == "multi_env" and {before, now} == {None, 6}):
-            raise ValueError(f"--{name.replace('_', '-')} cannot become {now} in {given.resume}, which began with {before}; "
-                             f"--init-from begins a new run with its weights")
 
 
 def saved_args(checkpoint):
     """The arguments that a checkpoint's run was given."""
     saved = {name: value for name, value in checkpoint["args"].items() if name in vars(Args())}
     return Args(**saved | dict(resume=None, init_from=Path(saved["init_from"]) if saved.get("init_from") else None))
-
-
-def find_checkpoint(path):
-    """The file of a run's folder, or the file itself."""
-    return path if path.is_file() else path / "checkpoint.pt"
 
 
 def unfinished_run(given):
@@ -888,26 +803,20 @@ def lock(folder):
     if folder in locks:
         return
     try:
-        file = open(folder / "lock", "a")
-    except OSError as error:
-        raise ValueError(f"the run's folder cannot be written to: {error}") from None
-    try:
-        import fcntl
+        locks[folder] = open(folder / "lock", "a")
+        import fcntl  # not on Windows
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        locks.pop(folder).close()
         raise ValueError(f"{folder} is in use: another process trains there") from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks
-    locks[folder] = file
-
-
-# A run: its checkpoints and its log
+    except (ImportError, OSError) as error:
+        if folder not in locks:  # else there is a file, and no locks on this system
+            raise ValueError(f"the run's folder cannot be written to: {error}") from None
 
 
 class Run:
-    """What a run carries and saves, and what it leaves in its folder. Raises ValueError for arguments that are not allowed."""
+    """What a run carries and saves, and what it leaves in its folder."""
 
     def __init__(self, launch, given, checkpoint):
         checkpoint = checkpoint or {}
@@ -926,17 +835,19 @@ class Run:
             say(f"{self.folder}: {', '.join(games)} ({self.args.distribution_mode}), {self.args.num_actors} actors x "
                 f"{self.args.num_envs} environments, {parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
 
-    def open(self, weights, seed, stop):
+    def open(self, pool, seed, stop):
         """Begins the log and the validation; connects the processes; answers signals."""
+        self.pool, weights = pool, pool.weights
         if RANK == 0:
             if self.args.valid_num_levels:
-                self.validation = Validation(self.args, list(self.episodes.recent), weights, seed + self.args.num_actors, stop)
+                games, seed = list(self.episodes.recent), seed + self.args.num_actors
+                self.validation = Validation(self.args, games, weights, seed, stop)
             self.logger, self.best = Logger(self), None
             with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
                 self.best = load_checkpoint(self.folder / "best.pt", Path(__file__).name).get("best")
-            written = [int(path.stem[11:]) for path in self.folder.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
-            self.extra = self.args.save_extra_checkpoint or math.inf  # the step from which on that is due
-            self.extra = math.inf if self.extra <= min(self.step, max(written, default=0)) else self.extra
+            kept = [int(path.stem[11:]) for path in self.folder.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
+            wanted = self.args.save_extra_checkpoint or math.inf
+            self.extra = math.inf if wanted <= min(self.step, max(kept, default=0)) else wanted  # step when it is due
             if self.args.profile:
                 self.profiler = torch.profiler.profile(
                     schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
@@ -946,20 +857,20 @@ class Run:
             for tensor in self.agent.state_dict().values():  # other processors round the initial weights otherwise
                 dist.broadcast(tensor, src=0)
             weights.publish(self.agent)
-        self.saved_at = time.monotonic()
-        stop.listen()
+        self.saved_at, stop.training = time.monotonic(), True
         for part in filter(None, (self.validation, self.profiler)):
             part.start()
 
-    def after_update(self, statistics, lag, learning_rate, pool):
+    def after_update(self, statistics, lag, learning_rate):
         """Counts, validates, logs and saves, whatever is due."""
         finite = all(map(math.isfinite, statistics.values()))
         self.skipped, self.skipped_in_a_row = self.skipped + (not finite), 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED:
             named = ", ".join(f"{name} {value:g}" for name, value in statistics.items())
-            raise FloatingPointError(f"{MAX_SKIPPED} updates in a row, the last after step {self.step:,}, are not finite: {named}")
+            raise FloatingPointError(f"{MAX_SKIPPED} updates in a row, the last after step {self.step:,}, are not "
+                                     f"finite: {named}")
         before, self.step = self.step, self.step + self.args.unroll_length * self.args.batch_size * NUM_PROCESSES
-        self.updates, self.learning_rate, self.pool = self.updates + 1, learning_rate, pool
+        self.updates, self.learning_rate = self.updates + 1, learning_rate
         if RANK > 0:
             return
         if self.profiler:
@@ -1007,16 +918,17 @@ class Run:
             say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}")
 
     def save(self, name, best=None):
-        """Writes to a temporary file first: whatever happens, the path has a whole checkpoint. Returns whether it was written."""
+        """Writes to a temporary file first, so that there is always a whole one. Returns whether it was written."""
         path = self.folder / name
-        checkpoint = dict(script=Path(__file__).name, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), step=self.step,
-                          args=to_plain(self.given), before=self.before, best=best, model=self.agent.state_dict(),
-                          optimizer=self.learner.optimizer.state_dict(), episodes=self.episodes.saved())
+        checkpoint = dict(script=Path(__file__).name, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
+                          args=to_plain(self.given), before=self.before, step=self.step, best=best,
+                          model=self.agent.state_dict(), optimizer=self.learner.optimizer.state_dict(),
+                          episodes=self.episodes.saved())
         try:
             with open(path.with_suffix(".tmp"), "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-                os.fsync(file.fileno())  # or else, when the power fails, the new name may come before what it stands for
+                os.fsync(file.fileno())  # or else a power failure may leave the new name without its contents
             os.replace(path.with_suffix(".tmp"), path)
             with contextlib.suppress(OSError):  # some systems cannot
                 folder = os.open(self.folder, os.O_RDONLY)
@@ -1033,16 +945,18 @@ class Validation(ActorPool):
 
     def __init__(self, args, games, weights, seed, stop):
         super().__init__(validation_args(args, games), Episodes(games), weights, seed, stop, num_unrolls=1)
-        self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # updates between its unrolls: 3 % of steps
+        self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # in updates: 3 % of all steps
 
     def after_update(self, number):
-        self.check()
+        check_actors(self)
         if number % self.interval == 0 and (self.args.deterministic or self.full.qsize()):
             self.free.put(self.get())
 
 
 def load_checkpoint(path, script):
-    """Reads what `Run.save` wrote (script None: any script's), executing nothing of it. ValueError if it is not that."""
+    """Reads what `Run.save` wrote to this file or folder (script None: any script's), executing nothing of it. Raises
+    ValueError if it is not that."""
+    path = path if path.is_file() else path / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -1051,8 +965,8 @@ def load_checkpoint(path, script):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own for a damaged file
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from None
-    kinds = dict(script=str, args=dict, step=int, model=dict, optimizer=dict, episodes=dict)
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind) for name, kind in kinds.items()):
+    parts = dict(script=str, args=dict, step=int, model=dict, optimizer=dict, episodes=dict)
+    if not (isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), parts[name]) for name in parts)):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if script not in (None, checkpoint["script"]):
         raise ValueError(f"{path} belongs to {checkpoint['script']}, not to {script}")
@@ -1076,7 +990,7 @@ def make_agent(args, checkpoint):
     """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that cannot be."""
     if args.cuda:
         torch.cuda.set_device(LOCAL_RANK)
-        torch.cuda.set_stream(torch.cuda.Stream())  # this thread's, the learner's: the default stream cannot be captured
+        torch.cuda.set_stream(torch.cuda.Stream())  # the learner's, since the default stream cannot be captured
         torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # on a CPU, the usual ones are
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS needs for that
     torch.manual_seed(args.seed)
@@ -1089,8 +1003,8 @@ def make_agent(args, checkpoint):
 
 
 def make_averages(optimizer, saved):
-    """Lets the optimizer make its averages, zeros, in a step that is undone: a CUDA graph cannot make them. Restores the saved
-    averages only; hyperparameters come from the arguments."""
+    """Lets the optimizer make its averages, zeros, by a step that is undone: a CUDA graph cannot make them. Restores
+    the saved averages only; hyperparameters come from the arguments."""
     (group,) = optimizer.param_groups
     before = [parameter.detach().clone() for parameter in group["params"]]
     for parameter in group["params"]:
@@ -1131,21 +1045,38 @@ def make_folder(args):
     return folder
 
 
+def mean_scalars(pool):
+    """Mean return, length and normalised return of each game, and their means over games once each has ended one."""
+    scalars, mode, episodes = {}, pool.args.distribution_mode, pool.episodes
+    for game, recent in episodes.saved().items():
+        if recent:
+            value, scalars[f"length/{game}"] = np.mean(recent, axis=0).tolist()
+            scalars[f"return/{game}"] = value
+            if mode in RETURN_RANGE[game]:
+                low, high = RETURN_RANGE[game][mode]
+                scalars[f"normalized_return/{game}"] = (value - low) / (high - low)
+    for kind in ("return", "normalized_return", "length"):
+        values = [value for name, value in scalars.items() if name.startswith(f"{kind}/")]
+        if len(values) == len(episodes.recent):
+            scalars[f"{kind}/mean"] = np.mean(values).item()
+    return scalars
+
+
 class Logger:
     """Prints the status line; writes scalars to TensorBoard and, with --track, to Weights & Biases."""
 
     def __init__(self, run):
         self.folder, self.wandb = run.folder, None
-        self.tracked = run.folder / "wandb_steps.txt"  # of the entries there: unlike TensorBoard's, they cannot be taken back
+        self.tracked = run.folder / "wandb_steps.txt"  # steps of its entries, which cannot be taken back
         self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
         if run.args.track:
             import wandb
 
             name = run.folder.resolve().name
-            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds: what SIGKILL may cost offline
+            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds that SIGKILL may cost
             try:
-                self.wandb = wandb.init(project=run.args.wandb_project_name, entity=run.args.wandb_entity, name=name, id=name,
-                                        resume="allow", config=to_plain(run.args), allow_val_change=True)
+                self.wandb = wandb.init(project=run.args.wandb_project_name, entity=run.args.wandb_entity, name=name,
+                                        id=name, resume="allow", config=to_plain(run.args), allow_val_change=True)
             except Exception as error:  # no network, no account: nothing to lose a run over
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)  # drops what lies past the checkpoint
@@ -1167,8 +1098,8 @@ class Logger:
         episodes of each game, or None if there are not as many."""
         sps = (run.step - self.step) / (time.monotonic() - self.time)
         scalars = {name: value / self.updates for name, value in self.sums.items()} | counts
-        scalars |= dict(learning_rate=run.learning_rate, SPS=sps) | run.episodes.scalars(run.args.distribution_mode)
-        valid = run.validation.episodes.scalars(run.validation.args.distribution_mode) if run.validation else {}
+        scalars |= dict(learning_rate=run.learning_rate, SPS=sps) | mean_scalars(run.pool)
+        valid = mean_scalars(run.validation) if run.validation else {}
         mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
                             for found in (scalars, valid))
         scalars |= {f"valid_{name}": value for name, value in valid.items()}
@@ -1186,11 +1117,12 @@ class Logger:
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
                 self.writer = SummaryWriter(self.folder)
-        left = timedelta(seconds=round(max(0, run.args.total_steps - run.step) / max(sps, 1e-9)))
-        returns = f"mean {mean.split('/')[0].replace('_', ' ')} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
+        total, kind = run.args.total_steps, (mean or "").split("/")[0].replace("_", " ")
+        left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
+        returns = f"mean {kind} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
-        say(f"step {run.step:,} of {run.args.total_steps:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
+        say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
         self.start(run.step)
         return valid[valid_mean] if valid_mean and run.validation.episodes.full() else None
 
@@ -1205,7 +1137,7 @@ class Logger:
 
 
 def say(text, file=None, passing=False):
-    """Prints a line; on a terminal, the next one takes the place of one that is passing. Where it cannot go (a broken pipe, a
+    """Prints a line; on a terminal, the next one replaces it if it is passing. Where it cannot go (a broken pipe, a
     full disk, a print that a signal interrupted), there is none."""
     file = file or sys.stdout
     with contextlib.suppress(OSError, RuntimeError, ValueError):
@@ -1220,8 +1152,6 @@ def say(text, file=None, passing=False):
 
 terminal = dict(passing=False)  # whether its last line is such a one
 
-
-# The engine and the processor
 
 if sys.version_info < (3, 13):
     import gym_notices.notices
@@ -1238,9 +1168,10 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
 
         def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
             data = Path(procgen_gym.__file__).parent / "data"
-            needed = dict(env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
-                          render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/")
-            super().__init__(str(data / "prebuilt"), num, dict(center_agent=True, use_backgrounds=True) | options | needed)
+            options = dict(center_agent=True, use_backgrounds=True) | options | dict(
+                env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
+                render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/")
+            super().__init__(str(data / "prebuilt"), num, options)
 
         def observe(self):
             self.call_c_func("libenv_observe")
@@ -1256,14 +1187,14 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
 
 
 def engine_threads(args):
-    """Threads in which the engine steps an actor's environments; 0: the actor's own. Together they are more than the cores,
-    since while some actors infer, others step."""
+    """Threads in which the engine steps an actor's environments; 0: the actor's own. Together they are more than the
+    cores, since while some actors infer, others step."""
     return max(1, math.ceil(1.5 * num_cores() / args.num_actors)) if args.cuda else 0
 
 
 def num_cores(root="/"):
-    """Cores for this process: those that it may run on, or as much of their time as its container may use; of these, its
-    share, where torchrun started several on this machine."""
+    """Cores for this process: those that it may run on, or as much of their time as its container may use; of these,
+    its share, where torchrun started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     groups = Path(root, "proc/self/cgroup")  # lines such as 0::/a/b, in version 1 4:cpu,cpuacct:/a/b
     for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -1283,9 +1214,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that there is
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-# CUDA
 
 
 def record_event():
@@ -1313,6 +1241,29 @@ def synchronize():
     wait_for(record_event())
 
 
+def take_turns(actors, pool):
+    """Lets actors play in this thread until the pool is closed: while one infers, the environments of others move."""
+    def unrolls(actor):
+        while (unroll := pool.free.get()) is not None:
+            yield from actor.play(unroll)
+            pool.full.put(unroll)
+
+    def advance(i):
+        if actors[i].stream is not None:
+            torch.cuda.set_stream(actors[i].stream)
+        next(players[i], None)
+
+    players, number = [unrolls(actor) for actor in actors], len(actors)
+    later = (number + 1) // 3  # turns of others in which an actor infers
+    for i in range(number):  # if all unrolls ended at once, the learner could not take them, and nobody would play
+        for _ in range(2 * (i * pool.args.unroll_length // number) + (i + later >= number)):
+            advance(i)
+    while not pool.closed:
+        for i in range(number):
+            advance(i)  # its environments have moved, and it infers
+            advance(i - later)  # it has inferred, and its environments move
+
+
 def lock_pages(owner, tensor):
     """Page-locks a tensor's memory as long as its owner lives, so that the GPU copies from there by itself."""
     error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
@@ -1321,7 +1272,8 @@ def lock_pages(owner, tensor):
 
 
 def capture(function, stream, generator=None):
-    """Captures a function without arguments into a CUDA graph. Returns one that replays it and returns the same tensors."""
+    """Captures a function without arguments into a CUDA graph. Returns one that replays it, and returns the same
+    tensors each time."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
@@ -1336,14 +1288,16 @@ def capture(function, stream, generator=None):
     return replay
 
 
-# Processes and signals
-
-RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
-    int(os.environ.get(name, default)) for name, default in
-    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
-SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
-STUCK_AFTER = 60  # seconds without an answer from environments
-MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
+@torch.no_grad()
+def reset_diverged(agent, state):
+    """Zeroes the state, whose parts are (B, ...), of environments in which it is not finite or reaches
+    agent.state_bound, if there is one. Returns their number, a tensor: nobody waits for it."""
+    bound = getattr(agent, "state_bound", math.inf)
+    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
+    diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
+    for part in state:
+        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+    return diverged.sum()
 
 
 @torch.no_grad()
@@ -1357,8 +1311,8 @@ def average(tensors):
 
 
 class Launch:
-    """What processes have in common that torchrun started together, and with those that it starts in their place after one
-    has died: a store. A process alone has none."""
+    """What processes share that torchrun started together, also with those that it starts after one has died: a store.
+    A process alone has none."""
 
     def __init__(self):
         self.store, of_torchrun = None, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -1367,11 +1321,11 @@ class Launch:
             self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)
 
     def agree(self, find):
-        """What the first process finds, a path or None. The machines count restarts each for itself, so that it also names
-        the attempt, and tells those that ask now, and no others."""
+        """What the first process finds, a path or None. Machines count restarts each for itself: so it also names the
+        attempt, and tells those that ask now, and no others."""
         if self.store is None:
             return find()
-        me = uuid.uuid4().hex
+        me = os.urandom(16).hex()
         if RANK == 0:
             saved = self.store.get("run").decode() if self.store.check(["run"]) else ""  # by an attempt before
             answer = f"{me} {saved or find() or ''}"
@@ -1407,12 +1361,14 @@ class Launch:
 
 
 class Stop(threading.Event):
-    """Set by SIGINT and SIGTERM; a second one ends the process. Several processes agree on the update after which they stop."""
+    """Set by SIGINT or SIGTERM in training: the run is saved. Before, or if it comes again, it ends the process."""
 
-    def listen(self):
-        answer_signals(self.hear)
+    training = False
 
     def hear(self, number, frame):
+        if not self.training:
+            say("stopped before training began: there is nothing to save")
+            os._exit(0)
         answer_signals(signal.SIG_IGN)
         self.set()
         say(f"{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
@@ -1420,10 +1376,10 @@ class Stop(threading.Event):
         answer_signals(signal.SIG_DFL)
 
     def now(self):
-        return NUM_PROCESSES == 1 and self.is_set()
+        return self.is_set() and NUM_PROCESSES == 1  # several stop after the same update
 
     def agreed(self, device):
-        """Whether any process was told to stop: the same answer in all of them."""
+        """Whether this process was told to stop, or any other."""
         if NUM_PROCESSES == 1:
             return self.is_set()
         told = torch.tensor(float(self.is_set()), device=device)
@@ -1438,8 +1394,20 @@ def answer_signals(handler):
         return [signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+def check_actors(pool):
+    """Raises the exception that an actor died of, and TimeoutError if its environments do not answer."""
+    if pool.error is not None:
+        raise pool.error
+    for actor in pool.actors:
+        since = actor.waiting_since
+        if since is not None and time.monotonic() - since > STUCK_AFTER:
+            time.sleep(1)  # if it was this whole process that stood still, they answer now
+            if actor.waiting_since == since:
+                raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
+
+
 def open_streams():
-    """Lets closed standard streams lead nowhere; what the terminal's character set lacks is printed as a question mark."""
+    """Lets closed standard streams lead nowhere; what the terminal's character set lacks becomes a question mark."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -1448,28 +1416,24 @@ def open_streams():
 
 
 def main():
-    def leave_early(number, frame):
-        say("stopped before training began: there is nothing to save")
-        os._exit(0)
-
     open_streams()
-    answered = answer_signals(leave_early)
+    stop = Stop()
+    answered = answer_signals(stop.hear)
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
         try:
             launch = Launch()
             given, checkpoint = parse_args(launch)
-            if given.resume is not None and checkpoint["step"] >= given.total_steps:
-                say(f"{given.resume} is finished, at step {checkpoint['step']:,} of {given.total_steps:,}: nothing to do")
-                return
+            if given.resume is not None and (step := checkpoint["step"]) >= given.total_steps:
+                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,}: nothing to do")
             run = Run(launch, given, checkpoint)
         except BrokenPipeError:  # of --help | head
             os._exit(0)
         except (ValueError, OSError) as error:  # only from here: in training it would be a mistake in the program
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        train(run, Stop())
+        train(run, stop)
     except (FloatingPointError, TimeoutError) as error:
         sys.exit(f"{Path(__file__).name}: stopped, the last checkpoint is kept: {error}")
     except RuntimeError as error:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("words, expected", [
     ("--env pong", "--env must be one of bigfish,"),
     ("--env bigfish --distribution-mode memory", "--env must be one of dodgeball,"),
-    ("--distribution-mode exploration", "'exploration' for argument '--distribution-mode'. Expected one of ('easy', 'hard', 'extreme', 'memory')"),
+    ("--distribution-mode exploration", "'--distribution-mode'. Expected one of ('easy', 'hard', 'extreme', 'memory')"),
     ("--env maze --distribution-mode extreme", "--env must be one of leaper,"),
     ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
     ("--multi-env 17", "--multi-env must be at most 16"),

@@ -95,7 +95,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     program = """
 import time, impala_procgen_srwm as script
 stop = script.Stop()
-stop.listen()
+stop.training = True
+script.answer_signals(stop.hear)
 print("ready", flush=True)
 stop.wait()
 print("stopping", flush=True)
