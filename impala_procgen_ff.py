@@ -13,9 +13,8 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
        '----------- action -----------'   |                   V-trace, RMSprop
                                           '----- Weights -----'
 
-The story comes first, housekeeping below a ruled line. For an ablation, copy this file and change it. In shapes, T is
-time steps, B environments, H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 900 on
-two CPU cores.
+The story comes first, then housekeeping. For an ablation, copy this file. In shapes, T is time steps, B environments,
+H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 900 on two CPU cores.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -50,8 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import srwm_cuda
 
-# The games in the order in which --multi-env takes them, and the range of their returns, by which they are normalised
-# (Cobbe et al. 2020, appendix C).
+# The games in the order of --multi-env, and the ranges that normalise their returns (Cobbe et al. 2020, appendix C).
 RETURN_RANGE = {
     "bigfish": {"easy": (1, 40), "hard": (0, 40)}, "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
     "maze": {"easy": (5, 10), "hard": (4, 10)}, "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
@@ -185,11 +183,6 @@ class Agent(nn.Module):
 # ================================================= end of the model ================================================
 
 
-@dataclass
-class Args(RunArgs, EnvironmentArgs, LearningArgs, ModelArgs):
-    """All arguments; --help shows them in these four groups."""
-
-
 @torch.no_grad()
 def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     """V-trace targets and policy-gradient advantages (Espeholt et al. 2018, section 4.1) with all weights clipped at 1.
@@ -275,21 +268,20 @@ class Weights:
         self.version, self.lock, self.copied = 0, threading.Lock(), record_event()
 
     def publish(self, agent):
-        with self.lock:
-            self.copy(agent.parameters(), self.newest)
-            self.version += 1
+        self.copy(agent.parameters(), self.newest, updates=1)
 
     def fetch(self, agent):
         """Gives the agent the newest weights. Returns their version."""
-        with self.lock:
-            self.copy(self.newest, agent.parameters())
-            return self.version
+        return self.copy(self.newest, agent.parameters(), updates=0)
 
     @torch.no_grad()
-    def copy(self, sources, targets):
-        wait_on_device(self.copied)
-        torch._foreach_copy_(list(targets), list(sources))
-        self.copied = record_event()
+    def copy(self, sources, targets, updates):
+        with self.lock:
+            wait_on_device(self.copied)
+            torch._foreach_copy_(list(targets), list(sources))
+            self.copied = record_event()
+            self.version += updates
+            return self.version
 
 
 class Actor:
@@ -381,17 +373,14 @@ class Actor:
         self.store()
         # A CUDA graph always writes to the same addresses: so the actor fills an unroll of its own, and copies it.
         wait_on_device(unroll.used)
-        B = self.args.num_envs
-        torch._foreach_copy_(unroll.columns(0, B), self.unroll.columns(0, B))
+        torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
         unroll.used = record_event()
 
 
 class ActorPool:
     """Actors, the threads in which they play, and the unrolls that pass between them and the learner.
-
     On a GPU one thread plays all actors by turns, since several would wait for Python's lock. On a CPU, where most time
-    is spent outside that lock, each actor has its own. With --deterministic, `get` itself lets the next actor play.
-    """
+    is spent outside that lock, each actor has its own. With --deterministic, `get` itself lets the next actor play."""
 
     def __init__(self, args, episodes, weights, seed, stop, num_unrolls):
         self.args, self.episodes, self.weights, self.seed, self.stop = args, episodes, weights, seed, stop
@@ -438,14 +427,12 @@ class ActorPool:
         self.closed = True
         for _ in self.threads:
             self.free.put(None)
-        for thread in self.threads:
-            if thread.is_alive():
-                thread.join(timeout=2)  # a stuck one never ends
+        for thread in filter(threading.Thread.is_alive, self.threads):
+            thread.join(timeout=2)  # a stuck one never ends
 
 
 class Learner:
-    """Agent and optimizer, and the update: forward, V-trace, backward, clipping and RMSprop. On a GPU it is two CUDA
-    graphs, between which processes average their gradients."""
+    """Agent, optimizer and the update: forward, V-trace, backward, clipping and RMSprop; on a GPU, two CUDA graphs."""
 
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args = agent, args
@@ -577,17 +564,23 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever beco
 STUCK_AFTER = 60  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 
+
+@dataclass
+class Args(RunArgs, EnvironmentArgs, LearningArgs, ModelArgs):
+    """All arguments; --help shows them in these four groups."""
+
+
 def check_numbers(args):
     may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
                    "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            limit = 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
-            allowed = f"{'at least 0' if name in may_be_zero else 'positive'} and less than {limit}"
-            if name in ("discounting", "alpha", "momentum") and value > 1:
-                limit, allowed = 0, "at most 1"
+            flag, limit = name.replace("_", "-"), 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
             if not (0 < value < limit or value == 0 and name in may_be_zero):
-                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
+                lowest = "at least 0" if name in may_be_zero else "positive"
+                raise ValueError(f"--{flag} must be {lowest} and less than {limit}, got {value}")
+            if value > 1 and name in ("discounting", "alpha", "momentum"):
+                raise ValueError(f"--{flag} must be at most 1, got {value}")
 
 
 def check_games(games, args, valid=""):
@@ -595,9 +588,9 @@ def check_games(games, args, valid=""):
     mode = args.distribution_mode
     if mode not in GAMES:
         raise ValueError(f"--{valid}distribution-mode must be one of {', '.join(GAMES)}, got {mode}")
-    for game in set(games) - set(GAMES[mode]):
+    if unknown := [game for game in games if game not in GAMES[mode]]:
         allowed = ", ".join(GAMES[mode])
-        raise ValueError(f"--env must be one of {allowed} in {valid}distribution mode {mode}, got {game}")
+        raise ValueError(f"--env must be one of {allowed} in {valid}distribution mode {mode}, got {unknown[0]}")
     if args.start_level > 0 and args.num_levels == 0:
         raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
     if args.start_level + args.num_levels >= 2**31:
@@ -727,10 +720,10 @@ def parse_args(launch):
         given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
         for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",
                      "reward_clipping", "carry_state", *(field.name for field in fields(ModelArgs))]:
-            before, now = getattr(saved, name), getattr(given, name)
-            if before != now and not (name == "multi_env" and {before, now} == {None, 6}):
-                raise ValueError(f"--{name.replace('_', '-')} cannot become {now} in {given.resume}, which began with "
-                                 f"{before}; --init-from begins a new run with its weights")
+            old, new = getattr(saved, name), getattr(given, name)
+            if old != new and not (name == "multi_env" and {old, new} == {None, 6}):
+                raise ValueError(f"--{name.replace('_', '-')} cannot become {new} in {given.resume}, which began with {old}; "
+                                 "--init-from begins a new run with its weights")
         if RANK == 0 and checkpoint["step"] < given.total_steps:
             lock(given.resume)
             checkpoint = load_checkpoint(path, script)  # again: whoever had the run may have saved it last
@@ -836,10 +829,10 @@ class Run:
         if self.profiler:
             self.profiler.step()
         if finite:
-            self.logger.add(statistics | dict(policy_lag=lag))
+            self.logger.statistics.append(statistics | dict(policy_lag=lag))
         if self.validation:
             self.validation.after_update(self.updates)
-        if self.logger.sums and time.monotonic() - self.logger.time >= self.args.log_interval:
+        if self.logger.statistics and time.monotonic() - self.logger.time >= self.args.log_interval:
             self.log()
         due = time.monotonic() - self.saved_at >= self.args.save_interval
         if self.step >= self.extra and (before < self.extra or due) and self.save(f"checkpoint_{self.step}.pt"):
@@ -858,7 +851,7 @@ class Run:
 
     def finish(self):
         if RANK == 0:
-            if self.logger.sums:
+            if self.logger.statistics:
                 self.log()
             self.written = all([self.save("checkpoint.pt"),  # first of all: who ends this process may not wait long
                                 self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best])
@@ -1043,22 +1036,14 @@ class Logger:
         if run.step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(run.args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
-        self.start(run.step)
-
-    def start(self, step):
-        """Begins a new interval, over which `write` averages."""
-        self.time, self.step, self.sums, self.updates = time.monotonic(), step, Counter(), 0
-
-    def add(self, statistics):
-        self.sums.update(statistics)
-        self.updates += 1
+        self.time, self.step, self.statistics = time.monotonic(), run.step, []  # of the updates since the last entry
 
     def write(self, run, counts):
         """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100
         episodes of each game, or None if there are not as many."""
         sps = (run.step - self.step) / (time.monotonic() - self.time)
-        scalars = {name: value / self.updates for name, value in self.sums.items()} | counts
-        scalars |= dict(learning_rate=run.learning_rate, SPS=sps) | mean_scalars(run.pool)
+        scalars = {name: np.mean([each[name] for each in self.statistics]).item() for name in self.statistics[0]}
+        scalars |= counts | dict(learning_rate=run.learning_rate, SPS=sps) | mean_scalars(run.pool)
         valid = mean_scalars(run.validation) if run.validation else {}
         mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
                             for found in (scalars, valid))
@@ -1083,7 +1068,7 @@ class Logger:
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
-        self.start(run.step)
+        self.time, self.step, self.statistics = time.monotonic(), run.step, []
         return valid[valid_mean] if valid_mean and run.validation.episodes.full() else None
 
     def close(self):
@@ -1366,17 +1351,11 @@ def check_actors(pool):
                 raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
 
 
-def open_streams():
-    """Lets closed standard streams lead nowhere; what the terminal's character set lacks becomes a question mark."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="replace")
-
-
 def main():
-    open_streams()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed ones lead nowhere
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # what the terminal's character set lacks becomes a question mark
     stop = Stop()
     answered = answer_signals(stop.hear)
     keep_freed_memory()
