@@ -768,8 +768,8 @@ def parse_args(launch):
                      "reward_clipping", "carry_state", *(field.name for field in fields(ModelArgs))]:
             old, new = getattr(saved, name), getattr(given, name)
             if old != new and not (name == "multi_env" and {old, new} == {None, 6}):
-                raise ValueError(f"--{name.replace('_', '-')} cannot become {new} in {given.resume}, which began with {old}; "
-                                 "--init-from begins a new run with its weights")
+                raise ValueError(f"--{name.replace('_', '-')} cannot become {new} in {given.resume}, which began with "
+                                 f"{old}; --init-from begins a new run with its weights")
         if RANK == 0 and checkpoint["step"] < given.total_steps:
             lock(given.resume)
             checkpoint = load_checkpoint(path, script)  # again: whoever had the run may have saved it last
