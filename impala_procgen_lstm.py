@@ -3,10 +3,10 @@
 Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022, arXiv 2202.05780).
 Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors and V-trace, in one process.
 
-    python impala_procgen_lstm.py --multi-env 6          one agent learns six games
-    python impala_procgen_lstm.py --env maze --seed 2    or a single one
-    python impala_procgen_lstm.py --resume runs/NAME     continues a run
-    python evaluate.py --start-level 1000                scores it on new levels
+    python impala_procgen_lstm.py --multi-env 6        learns six games
+    python impala_procgen_lstm.py --env maze           or a single one
+    python impala_procgen_lstm.py --resume runs/NAME   continues a run
+    python evaluate.py --start-level 1000              scores it on new levels
 
     engine -- frame, reward, done --> Actor -- full Unrolls --> Learner
        ^                              |   ^                   batch, agent,
@@ -1209,9 +1209,9 @@ def take_turns(actors, pool):
             pool.full.put(unroll)
 
     def advance(i):
-        if actors[i].stream is not None:
-            torch.cuda.set_stream(actors[i].stream)
-        next(players[i], None)
+        if not pool.closed:
+            torch.cuda.set_stream(actors[i].stream)  # which does nothing on a CPU, where it is None
+            next(players[i], None)
 
     players, number = [unrolls(actor) for actor in actors], len(actors)
     later = (number + 1) // 3  # turns of others in which an actor infers

@@ -1,5 +1,6 @@
 """What is not allowed is refused with status 2 and one line that names the argument, before anything is written."""
 
+import os
 import re
 import subprocess
 import sys
@@ -142,10 +143,16 @@ for mode, games in script.GAMES.items():
     assert end.returncode == 0 and end.stderr == "", end.stderr
 
 
-def test_help_is_the_manual_and_starts_without_the_notice_of_gym():
-    end = subprocess.run([sys.executable, "impala_procgen_srwm.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+def test_help_is_the_manual_in_four_groups_and_starts_without_the_notice_of_gym():
+    """Each argument is there with its sentence, and nothing is wider than the terminal."""
+    end = subprocess.run([sys.executable, "impala_procgen_srwm.py", "--help"], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | dict(COLUMNS="80"))
     assert end.returncode == 0 and end.stderr == ""
+    assert re.findall(r"─ (\w+) options ─", end.stdout) == ["run", "environment", "learning", "model"]
     assert "--unroll-length" in end.stdout and "steps T of an unroll" in end.stdout
+    assert max(map(len, end.stdout.splitlines())) <= 80
+    for field in fields(script.Args):
+        assert re.search(rf"--{field.name.replace('_', '-')}\b[^(]*\n?[^-]*\w", end.stdout), field.name
 
 
 def test_a_missing_system_library_is_named_with_its_debian_package(command, refused, monkeypatch):

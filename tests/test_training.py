@@ -295,6 +295,25 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
         torch.testing.assert_close(new.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind, options", [
+    (torch.optim.RMSprop, dict(momentum=0.9)), (torch.optim.Adam, {}), (torch.optim.AdamW, dict(weight_decay=0.1)),
+    (torch.optim.SGD, dict(momentum=0.9))])
+def test_an_optimizer_whose_averages_were_made_beforehand_steps_like_a_new_one(kind, options):
+    """Whichever an ablation takes."""
+    results = []
+    for beforehand in (False, True):
+        parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5))]
+        optimizer = kind(parameters, 0.1, **options)
+        if beforehand:
+            script.make_averages(optimizer, None)
+            assert torch.equal(parameters[0], torch.linspace(-1, 1, 5)) and optimizer.state
+        for _ in range(3):
+            parameters[0].grad = parameters[0].detach().cos()
+            optimizer.step()
+        results.append(parameters[0].detach())
+    assert torch.equal(*results)
+
+
 def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     run = train("--total-steps", 400)
     checkpoint = read(run)
@@ -506,6 +525,27 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
     assert unroll.action.unique().numel() == 15
     assert statistics["vtrace/mean_rho"] > 0.99 and statistics["loss/entropy"] > 2.5
     assert all(not torch.equal(old, new) for old, new in zip(exact, learner.agent.parameters()))
+
+
+@pytest.mark.gpu
+def test_without_cuda_graphs_values_can_be_looked_at_in_act_and_loss(command, monkeypatch, tmp_path):
+    act, loss, seen = script.Actor.act, script.Learner.loss, []
+
+    def watched_act(actor):
+        act(actor)
+        seen.append(actor.t.item())
+
+    def watched_loss(learner):
+        result = loss(learner)
+        seen.append(result[0].item())
+        return result
+
+    monkeypatch.setattr(script.Actor, "act", watched_act)
+    monkeypatch.setattr(script.Learner, "loss", watched_loss)
+    command(script, *"--cuda --no-cuda-graphs --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8".split(),
+            "--total-steps", 4000)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read(run)["step"] == 4000 and len(seen) > 10 + 100  # ten updates, and the steps of at least two unrolls
 
 
 @pytest.mark.gpu
