@@ -33,7 +33,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -302,15 +302,15 @@ class Actor:
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=args.cuda)
         self.num_diverged = torch.zeros((), device=device)  # states that were reset
         frames = torch.from_numpy(self.observe()[1]["rgb"])  # the engine's own buffer
-        self.inputs = (frames.unsqueeze(0), self.reward, self.done)
+        self.host_inputs = (frames.unsqueeze(0), self.reward, self.done)
         self.generator = torch.Generator(device).manual_seed(pool.seed + index)
-        self.stream, self.run_act = None, self.act
+        self.stream, self.run_act = None, self.act  # on a GPU, its CUDA graph
         if args.cuda:
             lock_pages(self, frames)
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
             self.stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above get their first values
             with torch.cuda.stream(self.stream):
-                self.act()  # compiles
+                self.act()  # compiles; its state is no episode's
                 for part in self.state:
                     part.zero_()
             if args.cuda_graphs:
@@ -318,7 +318,7 @@ class Actor:
 
     def store(self):
         """Uploads obs, reward and done, and writes them to the unroll. Returns them, (1, B, ...) each."""
-        inputs = [x.to(self.t.device, non_blocking=True) for x in self.inputs]
+        inputs = [x.to(self.t.device, non_blocking=True) for x in self.host_inputs]
         for steps, x in zip(self.unroll.inputs, inputs):
             steps.index_copy_(0, self.t, x)
         return inputs
@@ -384,7 +384,7 @@ class ActorPool:
 
     def __init__(self, args, episodes, weights, seed, stop, num_unrolls):
         self.args, self.episodes, self.weights, self.seed, self.stop = args, episodes, weights, seed, stop
-        self.games, self.turn, self.closed, self.error = list(episodes.recent), 0, False, None
+        self.games, self.turn, self.closed, self.error = list(episodes.recent), 0, False, None  # turn: of which actor
         self.free, self.full = queue.SimpleQueue(), queue.SimpleQueue()
         self.actors = [Actor(i, self) for i in range(args.num_actors)]
         for _ in range(num_unrolls):
@@ -443,7 +443,7 @@ class Learner:
         make_averages(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
-        self.run_backward, self.run_step = self.backward, self.step
+        self.run_backward, self.run_step = self.backward, self.step  # on a GPU, their CUDA graphs
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
                 self.loss()[0].backward()
@@ -798,9 +798,10 @@ class Run:
             self.logger, self.best = Logger(self), None
             with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
                 self.best = load_checkpoint(self.folder / "best.pt", Path(__file__).name).get("best")
-            kept = [int(path.stem[11:]) for path in self.folder.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
+            names = [path.stem.removeprefix("checkpoint_") for path in self.folder.glob("checkpoint_*.pt")]
+            kept = max([int(name) for name in names if name.isdecimal()], default=0)
             wanted = self.args.save_extra_checkpoint or math.inf
-            self.extra = math.inf if wanted <= min(self.step, max(kept, default=0)) else wanted  # step when it is due
+            self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # the step at which it is due
             if self.args.profile:
                 self.profiler = torch.profiler.profile(
                     schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
@@ -829,10 +830,10 @@ class Run:
         if self.profiler:
             self.profiler.step()
         if finite:
-            self.logger.statistics.append(statistics | dict(policy_lag=lag))
+            self.logger.sums.update(statistics | dict(policy_lag=lag, updates=1))
         if self.validation:
             self.validation.after_update(self.updates)
-        if self.logger.statistics and time.monotonic() - self.logger.time >= self.args.log_interval:
+        if self.logger.sums and time.monotonic() - self.logger.time >= self.args.log_interval:
             self.log()
         due = time.monotonic() - self.saved_at >= self.args.save_interval
         if self.step >= self.extra and (before < self.extra or due) and self.save(f"checkpoint_{self.step}.pt"):
@@ -851,7 +852,7 @@ class Run:
 
     def finish(self):
         if RANK == 0:
-            if self.logger.statistics:
+            if self.logger.sums:
                 self.log()
             self.written = all([self.save("checkpoint.pt"),  # first of all: who ends this process may not wait long
                                 self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best])
@@ -965,8 +966,8 @@ def make_averages(optimizer, saved):
     optimizer.step()
     with torch.no_grad():
         torch._foreach_copy_(group["params"], before)
-        for average_ in [x for averages in optimizer.state.values() for x in averages.values()]:
-            average_.zero_()
+        for averages in optimizer.state.values():
+            torch._foreach_zero_(list(averages.values()))
     if saved is not None:
         state, learning_rate = optimizer.state_dict(), group["lr"]
         for index, averages in saved["state"].items():
@@ -1036,13 +1037,14 @@ class Logger:
         if run.step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(run.args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
-        self.time, self.step, self.statistics = time.monotonic(), run.step, []  # of the updates since the last entry
+        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # over the updates since the last entry
 
     def write(self, run, counts):
         """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100
         episodes of each game, or None if there are not as many."""
         sps = (run.step - self.step) / (time.monotonic() - self.time)
-        scalars = {name: np.mean([each[name] for each in self.statistics]).item() for name in self.statistics[0]}
+        updates = self.sums.pop("updates")
+        scalars = {name: value / updates for name, value in self.sums.items()}
         scalars |= counts | dict(learning_rate=run.learning_rate, SPS=sps) | mean_scalars(run.pool)
         valid = mean_scalars(run.validation) if run.validation else {}
         mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
@@ -1068,7 +1070,7 @@ class Logger:
         returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
-        self.time, self.step, self.statistics = time.monotonic(), run.step, []
+        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()
         return valid[valid_mean] if valid_mean and run.validation.episodes.full() else None
 
     def close(self):
