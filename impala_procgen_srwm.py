@@ -140,7 +140,7 @@ class Encoder(nn.Module):
             channels = out
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, FEATURES)  # 64 is halved three times
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # not so in a copy that changes it
+        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # False in a copy that changes the CNN
         if not self.fused:
             self.to(memory_format=torch.channels_last)
 
@@ -270,7 +270,7 @@ class Episodes:
         return {game: list(episodes) for game, episodes in self.recent.items()}
 
     def spread(self, game):
-        """Standard deviation of the game's returns; 1 as long as fewer than ten are known, or all are the same."""
+        """Standard deviation of the game's returns; 1 while fewer than ten are known, or all are the same."""
         returns = [episode_return for episode_return, _ in list(self.recent[game])]
         return (np.std(returns) if len(returns) >= 10 else 0.0) or 1.0
 
@@ -593,8 +593,8 @@ def train(run, stop):
     run.report()
 
 
-# ========================== housekeeping: what a run needs, and no reader of the paper ==========================
-# Arguments, the command line, a run with its checkpoints and its log, the engine, CUDA, processes, signals, main.
+# ====================== housekeeping: what a run needs, and a reader of the paper does not ======================
+# In order: arguments, command line, a run with its checkpoints and its log, engine, CUDA, processes, signals, main.
 
 RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
     int(os.environ.get(name, default)) for name, default in
@@ -847,7 +847,7 @@ class Run:
                     on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder), use_gzip=True))
         if NUM_PROCESSES > 1:
             self.launch.join(self.args, self.step)
-            for tensor in self.agent.state_dict().values():  # other processors round the initial weights otherwise
+            for tensor in self.agent.state_dict().values():  # which other processors may round differently
                 dist.broadcast(tensor, src=0)
             weights.publish(self.agent)
         self.saved_at, stop.training = time.monotonic(), True
@@ -883,6 +883,7 @@ class Run:
             self.saved_at = time.monotonic()
 
     def log(self):
+        """Logs the updates since the last entry, and saves the best checkpoint."""
         diverged = sum(int(actor.num_diverged) for actor in self.pool.actors)
         valid_return = self.logger.write(self, dict(skipped_updates=self.skipped, reset_states=diverged))
         if valid_return is not None and (self.best is None or valid_return > self.best):
@@ -890,10 +891,11 @@ class Run:
             self.best = self.best if self.lost_best else valid_return
 
     def finish(self):
+        """Logs and saves what training ends with."""
         if RANK == 0:
             if self.logger.sums:
                 self.log()
-            self.written = all([self.save("checkpoint.pt"),  # first of all: who ends this process may not wait long
+            self.written = all([self.save("checkpoint.pt"),  # before closing: who sent the signal may not wait
                                 self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best])
 
     def close(self):
@@ -927,7 +929,7 @@ class Run:
                 folder = os.open(self.folder, os.O_RDONLY)
                 os.fsync(folder)
                 os.close(folder)
-        except (OSError, RuntimeError) as error:  # the second is how torch.save passes on some of the first
+        except (OSError, RuntimeError) as error:  # torch.save turns some of the first into the second
             say(f"{path} could not be written: {str(error).splitlines()[0]}", sys.stderr)
             return False
         return True
@@ -980,7 +982,7 @@ def to_plain(args):
 
 
 def make_agent(args, checkpoint):
-    """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that cannot be."""
+    """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that are not allowed."""
     if args.cuda:
         torch.cuda.set_device(LOCAL_RANK)
         torch.cuda.set_stream(torch.cuda.Stream())  # the learner's, since the default stream cannot be captured
@@ -1070,7 +1072,7 @@ class Logger:
             try:
                 self.wandb = wandb.init(project=run.args.wandb_project_name, entity=run.args.wandb_entity, name=name,
                                         id=name, resume="allow", config=to_plain(run.args), allow_val_change=True)
-            except Exception as error:  # no network, no account: nothing to lose a run over
+            except Exception as error:  # no network, no account: no reason to stop
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)  # drops what lies past the checkpoint
         if run.step == 0:
@@ -1150,7 +1152,7 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
     from procgen_gym.libenv import CLibenv
 
     class ProcgenGym3Env(CLibenv):
-        """What procgen's class of this name is, as far as it is needed here."""
+        """What is needed here of procgen's class of this name."""
 
         def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
             data = Path(procgen_gym.__file__).parent / "data"
@@ -1330,7 +1332,7 @@ class Launch:
         return Path(path) if path else None
 
     def saved(self, folder):
-        """A restart goes on from there."""
+        """A restart continues there."""
         if self.store is not None:
             self.store.set("run", str(folder))
 
@@ -1410,7 +1412,7 @@ def main():
             run = Run(launch, given, checkpoint)
         except BrokenPipeError:  # of --help | head
             os._exit(0)
-        except (ValueError, OSError) as error:  # only from here: in training it would be a mistake in the program
+        except (ValueError, OSError) as error:  # not from training, where these would be bugs
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         train(run, stop)
@@ -1421,7 +1423,7 @@ def main():
             raise
         sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
                  f"--batch-size (learner): {str(error).splitlines()[0]}")
-    finally:  # for who called this from a program of their own, or a notebook
+    finally:  # for other programs that call this, or a notebook
         while locks:
             locks.popitem()[1].close()
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), answered or ()):
