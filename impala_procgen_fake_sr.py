@@ -140,7 +140,7 @@ class Encoder(nn.Module):
             channels = out
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, FEATURES)  # 64 is halved three times
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # False in a copy that changes the CNN
+        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # False if a copy changes it
         if not self.fused:
             self.to(memory_format=torch.channels_last)
 
@@ -969,7 +969,7 @@ def to_plain(args):
 
 
 def make_agent(args, checkpoint):
-    """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that are not allowed."""
+    """The agent, new or with the checkpoint's weights, on its device. Raises ValueError for sizes that do not fit."""
     if args.cuda:
         torch.cuda.set_device(LOCAL_RANK)
         torch.cuda.set_stream(torch.cuda.Stream())  # the learner's, since the default stream cannot be captured
