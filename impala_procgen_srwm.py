@@ -37,7 +37,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -609,12 +609,16 @@ class Args(RunArgs, EnvironmentArgs, LearningArgs, ModelArgs):
     """All arguments; --help shows them in these four groups."""
 
 
-def check_numbers(args):
+def check_values(args):
+    """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
                    "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
-    for name, value in vars(args).items():
+    for field in fields(args):
+        name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise ValueError(f"--{flag} must be one of {', '.join(get_args(field.type))}, got {value}")
         if type(value) in (int, float):
-            flag, limit = name.replace("_", "-"), 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
+            limit = 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
             if not (0 < value < limit or value == 0 and name in may_be_zero):
                 lowest = "at least 0" if name in may_be_zero else "positive"
                 raise ValueError(f"--{flag} must be {lowest} and less than {limit}, got {value}")
@@ -660,14 +664,14 @@ def resolve_args(given):
     A checkpoint keeps the arguments as given, so that None is decided anew on the machine that continues.
     """
     args = replace(given)
-    check_numbers(args)
+    check_values(args)
     check_device(args)
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
-    mode, games = args.distribution_mode, GAMES.get(args.distribution_mode, [])
-    if (args.multi_env or 0) > len(games) > 0:
+    mode, games = args.distribution_mode, GAMES[args.distribution_mode]
+    if (args.multi_env or 0) > len(games):
         raise ValueError(f"--multi-env must be at most {len(games)} in distribution mode {mode}, got {args.multi_env}")
     games = [args.env] if args.env is not None else games[: args.multi_env or 6]
     check_games(games, args)
@@ -770,9 +774,12 @@ def parse_args(launch):
 
 
 def saved_args(checkpoint):
-    """The arguments that a checkpoint's run was given."""
+    """The arguments that a checkpoint's run was given. Raises ValueError for one that is not allowed."""
     saved = {name: value for name, value in checkpoint["args"].items() if name in vars(Args())}
-    return Args(**saved | dict(resume=None, init_from=Path(saved["init_from"]) if saved.get("init_from") else None))
+    init_from = Path(saved["init_from"]) if saved.get("init_from") else None
+    args = Args(**saved | dict(resume=None, init_from=init_from))
+    check_values(args)
+    return args
 
 
 def unfinished_run(given):

@@ -409,17 +409,24 @@ def test_a_resumed_run_goes_on(train, command):
     assert averages[0].abs().max() > 0 and not torch.equal(*averages)
 
 
+def save_with(path, **arguments):
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | {"args": checkpoint["args"] | arguments}, path)
+
+
 @pytest.mark.parametrize("damage, expected", [
     (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is not a whole checkpoint"),
     (lambda path: path.write_bytes(b""), "is not a whole checkpoint"),
     (lambda path: torch.save({"model": {}}, path), "is not a checkpoint of this project"),
     (lambda path: torch.save(torch.load(path) | {"script": "other.py"}, path), "belongs to other.py"),
+    (lambda path: save_with(path, reward_clipping="sometimes"), "--reward-clipping must be one of abs_one, normalize, none"),
+    (lambda path: save_with(path, distribution_mode="exploration"), "--distribution-mode must be one of easy, hard"),
 ])
 def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, train, command, refused, capsys):
     run = train("--total-steps", 20)
     damage(run / "checkpoint.pt")
     capsys.readouterr()
-    refused(lambda: command(script, "--resume", run), "checkpoint.pt", expected)
+    refused(lambda: command(script, "--resume", run, "--total-steps", 40), expected)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, command, refused):
