@@ -329,21 +329,22 @@ class Actor:
 
     def __init__(self, index, pool):
         args, B, device = pool.args, pool.args.num_envs, torch.device("cuda" if pool.args.cuda else "cpu")
-        self.name, self.args, self.games, self.pool = f"actor {index}", args, pool.games, pool
+        self.name, self.args, self.games = f"actor {index}", args, pool.games
+        self.weights, self.episodes = pool.weights, pool.episodes
         self.waiting_since = None  # when it began to wait for its environments
         self.envs = make_envs(args, pool.games, B, pool.seed + index, engine_threads(args))
         self.returns, self.lengths = np.zeros(B), np.zeros(B, dtype=np.int64)
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
         self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
-        self.reward = torch.zeros(1, B, pin_memory=args.cuda)  # on the host, like the next two
+        self.reward = torch.zeros(1, B, pin_memory=args.cuda)  # on the host, as the next two
         self.done = torch.zeros(1, B, dtype=torch.bool, pin_memory=args.cuda)
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=args.cuda)
         self.num_diverged = torch.zeros((), device=device)  # states that were reset
         frames = torch.from_numpy(self.observe()[1]["rgb"])  # the engine's own buffer
         self.host_inputs = (frames.unsqueeze(0), self.reward, self.done)
         self.generator = torch.Generator(device).manual_seed(pool.seed + index)
-        self.stream, self.run_act = None, self.act  # on a GPU, its CUDA graph
+        self.stream = self.act_graph = None
         if args.cuda:
             lock_pages(self, frames)
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
@@ -353,7 +354,7 @@ class Actor:
                 for part in self.state:
                     part.zero_()
             if args.cuda_graphs:
-                self.run_act = capture(self.act, self.stream, self.generator)
+                self.act_graph = capture(self.act, self.stream, self.generator)
 
     def store(self):
         """Uploads obs, reward and done, and writes them to the unroll. Returns them, (1, B, ...) each."""
@@ -386,18 +387,19 @@ class Actor:
     def play(self, unroll):
         """Fills the unroll with the next T steps. A generator: it yields where it would wait for the device or for the
         environments, so that the thread can turn to other actors."""
-        unroll.version = self.pool.weights.fetch(self.agent)
+        unroll.version = self.weights.fetch(self.agent)
         self.num_diverged += reset_diverged(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
             if not self.args.carry_state:
                 now.zero_()
             first.copy_(now)
         if self.args.reward_clipping == "normalize":
-            spreads = [self.pool.episodes.spread(game) for game in self.games] * (self.args.num_envs // len(self.games))
+            spreads = [self.episodes.spread(game) for game in self.games] * (self.args.num_envs // len(self.games))
             self.unroll.reward_scale.copy_(1 / torch.tensor([spreads]))
         self.t.zero_()
+        act = self.act_graph or self.act
         for _ in range(self.args.unroll_length):
-            self.run_act()
+            act()
             acted = record_event()
             yield
             wait_for(acted)
@@ -407,7 +409,7 @@ class Actor:
             self.returns += reward
             self.lengths += 1
             for n in np.flatnonzero(done):
-                self.pool.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
+                self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
         self.store()
         # A CUDA graph always writes to the same addresses: so the actor fills an unroll of its own, and copies it.
@@ -437,7 +439,6 @@ class ActorPool:
             thread.start()
 
     def run(self, actors):
-        """Lets actors play by turns until the pool is closed."""
         try:
             take_turns(actors, self)
         except BaseException as error:
@@ -475,20 +476,19 @@ class Learner:
 
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args = agent, args
-        device = next(agent.parameters()).device
-        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a graph can read it
+        self.learning_rate = next(agent.parameters()).new_tensor(args.learning_rate)  # a tensor, for a graph to read
         self.optimizer = torch.optim.RMSprop(agent.parameters(), self.learning_rate, args.alpha, args.epsilon,
                                              momentum=args.momentum, foreach=args.cuda, capturable=args.cuda)
         make_averages(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
-        self.run_backward, self.run_step = self.backward, self.step  # on a GPU, their CUDA graphs
+        self.backward_graph = self.step_graph = None
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
                 self.loss()[0].backward()
             if args.cuda_graphs:
-                self.run_backward = capture(self.backward, torch.cuda.current_stream())
-                self.run_step = capture(self.step, torch.cuda.current_stream())
+                self.backward_graph = capture(self.backward, torch.cuda.current_stream())
+                self.step_graph = capture(self.step, torch.cuda.current_stream())
 
     def fill(self, pool, version):
         """Fills the batch with the next environments of unrolls. Returns their mean policy lag; None after a signal."""
@@ -558,10 +558,10 @@ class Learner:
     def update(self, learning_rate):
         """One update on the batches of all processes. Returns its statistics, a dictionary of numbers."""
         self.learning_rate.fill_(learning_rate)
-        statistics = self.run_backward()
+        statistics = (self.backward_graph or self.backward)()
         if dist.is_initialized():
             average([*(parameter.grad for parameter in self.agent.parameters()), *statistics.values()])
-        statistics = statistics | dict(gradient_norm=self.run_step())
+        statistics = statistics | dict(gradient_norm=(self.step_graph or self.step)())
         values = torch.stack([*statistics.values()])
         synchronize()  # and leaves the core to others, which `tolist` would not
         return dict(zip(statistics, values.tolist()))
