@@ -193,7 +193,7 @@ def resolve_history(script, checkpoint, args):
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)
     known = {field.name for field in fields(script.Args)}  # those of an older version may be gone
-    return [script.complete(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
+    return [script.resolve_args(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
             for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
 
 
@@ -301,7 +301,7 @@ class Policy:
         frames, (reward, begin, unroll_begins, uniform) = self.inputs
         state = choose(begin if self.args.carry_state else unroll_begins, self.initial, self.state)
         checked = [part.clone() for part in state]
-        self.script.begin_diverged_anew(self.agent, checked)  # as actors do with each unroll
+        self.script.reset_diverged(self.agent, checked)  # as actors do with each unroll
         state = choose(unroll_begins, checked, state)
         logits, _, state = self.agent(frames[None], reward[None], begin[None].bool(), state)
         for old, new in zip(self.state, state):

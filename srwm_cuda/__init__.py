@@ -4,8 +4,8 @@
     out, new_state = srwm_cuda.delta_rule(q, k, v, beta, state, done)
     features = srwm_cuda.impala_cnn(frames, *parameters)
 
-CUDA tensors of float32 take the kernels, which `srwm_cuda.kernels` compiles at first use, in seconds, with nothing but what
-PyTorch brings along; if that fails, a warning says why. All others take `srwm_cuda.reference`, which reads like the
+CUDA tensors of float32 take the kernels. `srwm_cuda.kernels` compiles them at first use, in seconds, with the compiler that
+comes with PyTorch; if that fails, a warning says why. All other tensors take `srwm_cuda.reference`, which reads like the
 equations.
 """
 
@@ -35,7 +35,7 @@ def srwm(x, W, state, done, bptt_length=None):
 
     Args:
         x: (T, B, H, D), the layer's input at T steps of B environments, for H heads of size D.
-        W: (H, D, Y + 2D + 4), the initial matrix of each head, columns [y | q | k | b]; Y is what is left over.
+        W: (H, D, Y + 2D + 4), the initial matrix of each head, columns [y | q | k | b]; Y is the number of columns that remain.
         state: (B, H, D, Y + 2D + 4), what the matrices have changed by before the first step.
         done: (T, B) bool; True: a new episode begins at t, and the state is zeroed before step t.
         bptt_length: the state is detached every so many steps; None: gradients flow through the whole unroll.
@@ -44,7 +44,7 @@ def srwm(x, W, state, done, bptt_length=None):
         y: (T, B, H, Y), and new_state, like state. Both are differentiable with respect to x, W and state.
 
     Raises:
-        ValueError: a shape, dtype or device that is none of the above; on CUDA also a head size D other than 8, 16, 32, 64,
+        ValueError: a shape, dtype or device other than these; on CUDA also a head size D other than 8, 16, 32, 64,
             or more than 512 columns.
 
     The kernels are deterministic, run on PyTorch's current stream and can be captured into a CUDA graph.
@@ -81,7 +81,7 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
         out: (T, B, H, V), and new_state, like state. Both are differentiable with respect to q, k, v, beta and state.
 
     Raises:
-        ValueError: a shape, dtype or device that is none of the above; on CUDA also a head size D other than 8, 16, 32, 64,
+        ValueError: a shape, dtype or device other than these; on CUDA also a head size D other than 8, 16, 32, 64,
             or more than 512 columns.
 
     The kernels are deterministic, run on PyTorch's current stream and can be captured into a CUDA graph.
@@ -115,10 +115,10 @@ def impala_cnn(frames, *parameters):
         (N, 2048), x2 of the third section, its 32 channels of 8 x 8 one after another, differentiable with respect to the
         parameters. The kernels compute it from operands in bfloat16 with sums in float32, in bfloat16. They run on GPUs from
         compute capability 8.0 whose blocks may have 136 KiB of shared memory (A100, H100 and newer of their kind), on float32
-        parameters; elsewhere it is what `reference.impala_cnn` makes of it.
+        parameters; elsewhere `reference.impala_cnn` computes it.
 
     Raises:
-        ValueError: a shape, dtype or device that is none of the above.
+        ValueError: a shape, dtype or device other than these.
 
     The kernels are deterministic, run on PyTorch's current stream and can be captured into a CUDA graph. What they compute of a
     frame does not depend on the others of its batch.
@@ -212,7 +212,8 @@ class _Launch(NamedTuple):
 
 @functools.cache
 def _srwm_launches(D, columns):
-    """Forward and backward. PARTS threads share a column's D rows; the fewer threads at most, the more registers has each."""
+    """Forward and backward. PARTS threads share a column's D rows; the fewer threads a block may have, the more registers
+    each of them gets."""
     parts = 2 if D > 32 else 1
     forward = _Launch("srwm.cu", f"srwm_forward_kernel<{D}, {parts}>", _round_up(columns * parts, 32))
     parts, fewer = (4, 2) if D > 32 else (D // 8, (D // 8 + 1) // 2)
@@ -240,8 +241,8 @@ def _round_up(n, multiple):
 
 
 def _kernels_take(launches, first_name, first, wide_name, columns):
-    """Whether the kernels of these launches run. On CUDA, sizes that they never take are errors: of the head size D,
-    which the first argument ends in, and of the columns of the matrix, which another one does."""
+    """Whether the kernels of these launches run. On CUDA, it is an error if no kernel takes the head size D, the last size of
+    the first argument, or the number of columns, the last size of another."""
     if not first.is_cuda:
         return False
     D = first.shape[-1]
@@ -267,7 +268,7 @@ def _warn_once(message):
 
 
 def _shape(name, tensor, layout):
-    """The shape of a function's first tensor, and of others that bring a size of their own."""
+    """The shape of a tensor from which sizes are read: a function's first, and others with a size of their own."""
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != layout.count(",") + 1 or 0 in tensor.shape:
         raise ValueError(f"{name} must be a tensor of shape {layout}, every size at least 1, got {_got(tensor)}")
     if tensor.dtype not in (torch.float32, torch.float64):

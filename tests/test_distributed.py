@@ -63,7 +63,7 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
         assert (change - expected).norm() < 0.02 * expected.norm(), name
 
     assert checkpoint(tmp_path)["step"] == 10 * STEPS and out.count("saved runs/") == 1
-    assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 11
+    assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 10
     (run,) = (tmp_path / "runs").iterdir()
     alone = [sys.executable, ROOT / "impala_procgen_srwm.py", "--resume", run, "--total-steps", str(10 * STEPS + 20)]
     saved = torch.load(run / "checkpoint.pt") | {"script": "impala_procgen_srwm.py"}
@@ -160,7 +160,7 @@ def test_two_machines_recover_from_the_death_of_a_worker(command, tmp_path):
     assert older.read_bytes() == before and len(list(tmp_path.glob("runs/*"))) == 3  # the second had no checkpoint
     (new,) = set(tmp_path.glob("runs/*/checkpoint.pt")) - {older}
     state = script.load_checkpoint(new, None)
-    assert state["step"] == 50 * STEPS and state["optimizer"]["state"][0]["step"] == 51
+    assert state["step"] == 50 * STEPS and state["optimizer"]["state"][0]["step"] == 50
 
 
 def test_processes_that_go_on_from_different_checkpoints_end(tmp_path):
@@ -187,4 +187,4 @@ def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):
     out, _ = process.communicate(timeout=40)
     assert "saved runs/" in out, out
     state = checkpoint(tmp_path)
-    assert state["optimizer"]["state"][0]["step"] == state["step"] / STEPS + 1
+    assert state["optimizer"]["state"][0]["step"] == state["step"] / STEPS

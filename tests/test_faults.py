@@ -66,7 +66,7 @@ def kill_and_resume(folder, seed, kills):
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), (kill, out)
         checkpoint = read(run / "checkpoint.pt")
         assert checkpoint["step"] >= steps[-1]
-        assert checkpoint["optimizer"]["state"][0]["step"] == checkpoint["step"] / STEPS + 1
+        assert checkpoint["optimizer"]["state"][0]["step"] == checkpoint["step"] / STEPS
         steps.append(checkpoint["step"])
         resume = ["--resume", run]
     return run, steps
@@ -93,9 +93,10 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_what_came_after_its_check
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     """Here after the first was heard, in a process that takes its time to stop."""
     program = """
-import threading, time, impala_procgen_srwm as script
-stop = threading.Event()
-script.stop_at_signals(stop)
+import time, impala_procgen_srwm as script
+stop = script.Stop()
+stop.training = True
+script.answer_signals(stop.hear)
 print("ready", flush=True)
 stop.wait()
 print("stopping", flush=True)
@@ -154,7 +155,7 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved(tmp_path):
     assert read(run / "checkpoint.pt")["step"] > 0
 
 
-def test_one_wish_to_stop_that_comes_as_two_signals_is_one(tmp_path):
+def test_a_signal_that_arrives_several_times_is_one(tmp_path):
     process = start(tmp_path, "--total-steps", 1_000_000)
     wait_for(process, "step")
     for _ in range(10):
@@ -187,10 +188,10 @@ def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, comm
 def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matrix_for_one_that_diverged(train, monkeypatch,
                                                                                                       capsys):
     """Both are planted, and counted in the log."""
-    get, play, unrolls, plays = script.Actors.get, script.Actor.play, [], []
+    get, play, unrolls, plays = script.ActorPool.get, script.Actor.play, [], []
 
-    def get_third_without_end(actors):
-        unrolls.append(get(actors))
+    def get_third_without_end(pool):
+        unrolls.append(get(pool))
         if len(unrolls) == 3:
             unrolls[-1].state[0][0] = float("nan")
         return unrolls[-1]
@@ -201,13 +202,13 @@ def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matri
             actor.state[0][0, 0] = 1e6
         return play(actor, unroll)
 
-    monkeypatch.setattr(script.Actors, "get", get_third_without_end)
+    monkeypatch.setattr(script.ActorPool, "get", get_third_without_end)
     monkeypatch.setattr(script.Actor, "play", play_from_far_away)
     run = train("--total-steps", 200, "--deterministic")
     scalars = log(run)
     assert len(scalars["loss/total"]) == 9 and scalars["skipped_updates"][0][1] == 0
-    assert scalars["skipped_updates"][-1] == (200, 1) and scalars["states_begun_anew"][-1] == (200, 1)
-    assert " | skipped updates: 1 | states begun anew: 1" in capsys.readouterr().out
+    assert scalars["skipped_updates"][-1] == (200, 1) and scalars["reset_states"][-1] == (200, 1)
+    assert " | skipped updates: 1 | reset states: 1" in capsys.readouterr().out
     assert all(parameter.isfinite().all() for parameter in read(run / "checkpoint.pt")["model"].values())
 
 
@@ -351,7 +352,7 @@ def test_two_deterministic_runs_are_the_same_bit_for_bit(cuda, tmp_path):
         subprocess.run([sys.executable, SCRIPT, *words, *options], cwd=tmp_path, check=True, timeout=300, env=environment)
         (run,) = (tmp_path / "runs").glob(f"{name}__*")
         checkpoint = read(run / "checkpoint.pt")
-        assert checkpoint["optimizer"]["state"][0]["step"] == 21  # 20 updates, and one for making it
+        assert checkpoint["optimizer"]["state"][0]["step"] == 20
         return checkpoint["model"]
 
     with ThreadPoolExecutor() as pool:

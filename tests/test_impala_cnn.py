@@ -31,7 +31,7 @@ def noise(N, device="cpu"):
 
 def engine_frames(N):
     """What six games show after some steps."""
-    args, games = script.complete(script.Args(cuda=False))
+    args, games = script.resolve_args(script.Args(cuda=False))
     envs = script.make_envs(args, games, N, seed=0)
     for _ in range(20):
         envs.observe()
@@ -191,7 +191,7 @@ def test_two_runs_give_the_same_bits_and_a_graph_the_same_again():
 
 @pytest.mark.gpu
 def test_an_agent_in_bf16_takes_the_kernels_and_one_whose_cnn_was_changed_pytorch():
-    agent = script.Agent(script.complete(script.Args(cuda=True, bf16=True))[0]).cuda()
+    agent = script.Agent(script.resolve_args(script.Args(cuda=True, bf16=True))[0]).cuda()
     frames = noise(2, "cuda")
     assert "ImpalaCNN" in names_of_graph(agent.encoder(frames)) and agent.encoder.fused
     agent.encoder.fused = False

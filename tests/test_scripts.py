@@ -1,5 +1,6 @@
 """The six scripts: one text outside the model section, and each of them trains, resumes and is scored."""
 
+import ast
 import difflib
 import importlib
 import json
@@ -24,7 +25,7 @@ def shared_text(stem):
     """A script without its model section and its docstring's title, and under a name that all share."""
     text = (ROOT / f"{stem}.py").read_text()
     before, model, after = re.split(r"\n# =+ model: .*\n|\n# =+ end of the model =+\n", text)
-    assert "class Args(TrainingArgs)" in model and "class Agent(nn.Module)" in model
+    assert "class ModelArgs" in model and "class Agent(nn.Module)" in model
     return [line.replace(stem, "SCRIPT") for line in (before + after).splitlines()[1:]]
 
 
@@ -32,6 +33,17 @@ def shared_text(stem):
 def test_scripts_are_one_text_outside_the_model(stem):
     diff = list(difflib.unified_diff(shared_text("impala_procgen_srwm"), shared_text(stem), "impala_procgen_srwm", stem, n=1))
     assert not diff, "\n".join(["the scripts have drifted apart:", *diff])
+
+
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_each_script_tells_its_story_in_at_most_600_lines_none_of_them_long(stem):
+    """And no function has more than 60."""
+    text = (ROOT / f"{stem}.py").read_text()
+    story, rule, _ = re.split(r"\n(# =+ housekeeping: .*)\n", text)
+    assert len(story.rstrip().splitlines()) <= 600 and "\ndef train(" in story and "\ndef main(" not in story
+    assert max(map(len, text.splitlines())) <= 120
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
 
 
 @pytest.mark.parametrize("stem", SCRIPTS)

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -38,9 +39,13 @@ def parts(args, games=("maze", "leaper")):
     torch.manual_seed(0)
     agent = script.Agent(args).to("cuda" if args.cuda else "cpu")
     episodes = script.Episodes(games)
-    (actor,) = script.Actors(agent, args, list(games), 1, script.Weights(agent), episodes).actors
+    (actor,) = pool_of(agent, args, episodes).actors
     unroll = script.Unroll(agent, args.unroll_length, args.num_envs)
     return actor, script.Learner(agent, args), unroll, episodes
+
+
+def pool_of(agent, args, episodes):
+    return script.ActorPool(args, episodes, script.Weights(agent), seed=1, stop=script.Stop(), num_unrolls=2)
 
 
 def play(actor, unroll, unrolls=1):
@@ -102,7 +107,7 @@ def test_actions_are_samples_of_the_policy():
     with torch.no_grad():
         agent.policy.weight.zero_()
         agent.policy.bias.copy_(torch.linspace(-2, 2, 15))
-    (actor,) = script.Actors(agent, args, ["maze"], 1, script.Weights(agent), script.Episodes(["maze"])).actors
+    (actor,) = pool_of(agent, args, script.Episodes(["maze"])).actors
     unroll = script.Unroll(agent, 400, 6)
     play(actor, unroll)
     counts, p = torch.bincount(unroll.action.flatten(), minlength=15), agent.policy.bias.detach().softmax(0)
@@ -137,15 +142,15 @@ def test_no_two_actors_play_the_same_nor_does_a_resumed_run_play_again(train, co
 
 def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes(train, monkeypatch):
     """Its one unroll comes after 67 updates, 3 % of their steps."""
-    close, seen = script.Actors.close, []
-    monkeypatch.setattr(script.Actors, "close", lambda actors: seen.append(actors) or close(actors))
+    close, seen = script.ActorPool.close, []
+    monkeypatch.setattr(script.ActorPool, "close", lambda pool: seen.append(pool) or close(pool))
     words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --save-extra-checkpoint 1340 --log-interval 60"
     run = train("--total-steps", 1360, *words.split())
-    actors, validators = seen
+    pool, validation = seen
     saved = script.load_checkpoint(run / "checkpoint_1340.pt", None)["model"]
-    assert all(torch.equal(weight, saved[name]) for name, weight in validators.actors[0].agent.state_dict().items())
-    assert not all(torch.equal(weight, saved[name]) for name, weight in actors.actors[0].agent.state_dict().items())
-    assert validators.episodes is not actors.episodes
+    assert all(torch.equal(weight, saved[name]) for name, weight in validation.actors[0].agent.state_dict().items())
+    assert not all(torch.equal(weight, saved[name]) for name, weight in pool.actors[0].agent.state_dict().items())
+    assert validation.episodes is not pool.episodes
 
 
 def test_a_resumed_run_goes_on_with_weights_and_episodes(train, command):
@@ -163,19 +168,19 @@ def test_batches_take_every_environment_of_every_unroll_once():
     args = script.Args(**ARGS)
     agent = script.Agent(args)
     learner = script.Learner(agent, args)
-    actors = script.Actors(agent, args, ["maze", "leaper"], 1, script.Weights(agent), script.Episodes(["maze", "leaper"]))
+    pool = pool_of(agent, args, script.Episodes(["maze", "leaper"]))
     for first in (0, 6):
-        unroll = actors.free.get()
+        unroll = pool.free.get()
         unroll.reward += torch.arange(first, first + 6)
         unroll.state[0].add_(torch.arange(first, first + 6).view(-1, 1, 1, 1))
         unroll.version = first
-        actors.full.put(unroll)
+        pool.full.put(unroll)
     seen, lags = [], []
     for _ in range(3):
-        lags.append(learner.fill(actors, version=10))
+        lags.append(learner.fill(pool, version=10))
         seen += learner.batch.reward[3].tolist()
         assert torch.equal(learner.batch.state[0][:, 0, 0, 0], learner.batch.reward[-1])
-    assert seen == list(range(12)) and lags == [10, 7, 4] and actors.free.qsize() == 2
+    assert seen == list(range(12)) and lags == [10, 7, 4] and pool.free.qsize() == 2
 
 
 @pytest.mark.parametrize("reward_clipping", ["abs_one", "none", "normalize"])
@@ -204,7 +209,7 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
     parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, log_rhos.exp().clamp(max=1).sum()]) / 80
-    torch.testing.assert_close(statistics, parts_per_step, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack([*statistics.values()]), parts_per_step, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, expected", [("srwm", [0, 2]), ("sr_delta", [0, 2]), ("delta", [2]), ("lstm", [2]), ("ff", [])])
@@ -215,7 +220,7 @@ def test_states_that_are_not_finite_or_beyond_the_bound_begin_anew_and_no_others
     for part in state[-1:]:
         part[0].view(-1)[-1], part[1].view(-1)[-1], part[2].view(-1)[-1] = -100.0, 99.9, float("nan")
     before = [part.clone() for part in state]
-    assert module.begin_diverged_anew(agent, state) == len(expected)
+    assert module.reset_diverged(agent, state) == len(expected)
     for part, old in zip(state, before):
         assert all(not part[n].any() if n in expected else torch.equal(part[n], old[n]) for n in range(4))
 
@@ -232,9 +237,9 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
         weights = list(learner.agent.parameters())
         averages = [x for state in learner.optimizer.state.values() for name, x in state.items() if name != "step"]
         assert len(averages) == len(weights) * (2 if momentum else 1)
-        learner.update()
+        learner.update(1e-3)
         first = [x.detach().clone() for x in weights + averages]
-        learner.update()
+        learner.update(1e-3)
         second = [x.detach().clone() for x in weights + averages]
         assert not any(torch.equal(*pair) for pair in zip(first, second))
 
@@ -242,10 +247,10 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
             for x, old in zip(weights + averages, first):
                 x.copy_(old)
         learner.batch.state[1][2, 0, 0, 0] = float("inf")
-        assert not learner.update().isfinite().all()
+        assert not all(map(math.isfinite, learner.update(1e-3).values()))
         assert all(torch.equal(*pair) for pair in zip(weights + averages, first))
         learner.batch.state[1][2, 0, 0, 0] = unroll.state[1][2, 0, 0, 0]
-        learner.update()
+        learner.update(1e-3)
         assert all(torch.equal(*pair) for pair in zip(weights + averages, second))
 
 
@@ -282,13 +287,31 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
     gradients = [parameter.grad.clone() for parameter in learner.agent.parameters()]
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     before = [parameter.detach().clone() for parameter in learner.agent.parameters()]
-    learner.learning_rate.fill_(0.25)
-    statistics = learner.update()
-    assert statistics[-2].item() == pytest.approx(norm.item(), rel=1e-3)
+    statistics = learner.update(0.25)
+    assert statistics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
     for old, new, gradient in zip(before, learner.agent.parameters(), gradients):
         clipped = gradient * 1e-3 / norm
         expected = old - 0.25 * clipped / ((0.01 * clipped**2).sqrt() + 0.01)
         torch.testing.assert_close(new.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, options", [
+    (torch.optim.RMSprop, dict(momentum=0.9)), (torch.optim.Adam, {}), (torch.optim.AdamW, dict(weight_decay=0.1)),
+    (torch.optim.SGD, dict(momentum=0.9))])
+def test_an_optimizer_whose_averages_were_made_beforehand_steps_like_a_new_one(kind, options):
+    """Whichever an ablation takes."""
+    results = []
+    for beforehand in (False, True):
+        parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5))]
+        optimizer = kind(parameters, 0.1, **options)
+        if beforehand:
+            script.make_averages(optimizer, None)
+            assert torch.equal(parameters[0], torch.linspace(-1, 1, 5)) and optimizer.state
+        for _ in range(3):
+            parameters[0].grad = parameters[0].detach().cos()
+            optimizer.step()
+        results.append(parameters[0].detach())
+    assert torch.equal(*results)
 
 
 def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
@@ -298,7 +321,8 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     assert checkpoint["args"]["unroll_length"] == 5 and checkpoint["args"]["num_envs"] == 4
     assert re.search(r"step 400 of 400 \| [\d,]+ steps/s \| 0:00:00 left \| ", capsys.readouterr().out)
     scalars = log(run)
-    assert {*script.Learner.STATISTICS, "SPS", "learning_rate", "policy_lag"} <= set(scalars)
+    expected = {"loss/policy", "loss/baseline", "loss/entropy", "loss/total", "vtrace/mean_rho", "gradient_norm"}
+    assert expected | {"SPS", "learning_rate", "policy_lag"} <= set(scalars)
     assert [step for step, _ in scalars["SPS"]] == list(range(20, 401, 20))
     rates = [rate for _, rate in scalars["learning_rate"]]
     np.testing.assert_allclose(rates, 6e-4 * (1 - np.arange(0, 400, 20) / 400), rtol=1e-5)
@@ -333,7 +357,7 @@ def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(trai
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor() as pool:
-        assert len(set(pool.map(script.make_run, [script.Args()] * 3))) == 3 == len(list(tmp_path.glob("runs/*")))
+        assert len(set(pool.map(script.make_folder, [script.Args()] * 3))) == 3 == len(list(tmp_path.glob("runs/*")))
 
 
 def test_the_best_checkpoint_is_chosen_by_a_hundred_episodes_of_each_game():
@@ -352,11 +376,11 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert (valid_args.num_levels, valid_args.start_level, valid_args.num_actors, valid_args.num_envs) == (5, 700, 1, 16)
     agent = script.Agent(args)
     before = [parameter.clone() for parameter in agent.parameters()]
-    validators = script.Actors(agent, valid_args, games, 1, script.Weights(agent), script.Episodes(games), spare=0)
-    validators.start()
-    unroll = validators.get()
-    validators.close()
-    seeds = {info["level_seed"] for info in validators.actors[0].envs.get_info()}
+    validation = script.Validation(args, games, script.Weights(agent), 1, script.Stop())
+    validation.start()
+    unroll = validation.get()
+    validation.close()
+    seeds = {info["level_seed"] for info in validation.actors[0].envs.get_info()}
     assert seeds <= set(range(700, 705)) and unroll.done[0].all()
     assert all(torch.equal(old, new) for old, new in zip(before, agent.parameters()))
 
@@ -381,8 +405,13 @@ def test_a_resumed_run_goes_on(train, command):
     changed = [not torch.equal(before["model"][name], after["model"][name]) for name in before["model"]]
     assert all(changed)
     averages = [checkpoint["optimizer"]["state"][0]["square_avg"] for checkpoint in (before, after)]
-    assert before["optimizer"]["state"][0]["step"] == 11 and after["optimizer"]["state"][0]["step"] == 16  # 1 for making it
+    assert before["optimizer"]["state"][0]["step"] == 10 and after["optimizer"]["state"][0]["step"] == 15
     assert averages[0].abs().max() > 0 and not torch.equal(*averages)
+
+
+def save_with(path, **arguments):
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | {"args": checkpoint["args"] | arguments}, path)
 
 
 @pytest.mark.parametrize("damage, expected", [
@@ -390,12 +419,14 @@ def test_a_resumed_run_goes_on(train, command):
     (lambda path: path.write_bytes(b""), "is not a whole checkpoint"),
     (lambda path: torch.save({"model": {}}, path), "is not a checkpoint of this project"),
     (lambda path: torch.save(torch.load(path) | {"script": "other.py"}, path), "belongs to other.py"),
+    (lambda path: save_with(path, reward_clipping="sometimes"), "--reward-clipping must be one of abs_one, normalize, none"),
+    (lambda path: save_with(path, distribution_mode="exploration"), "--distribution-mode must be one of easy, hard"),
 ])
 def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, train, command, refused, capsys):
     run = train("--total-steps", 20)
     damage(run / "checkpoint.pt")
     capsys.readouterr()
-    refused(lambda: command(script, "--resume", run), "checkpoint.pt", expected)
+    refused(lambda: command(script, "--resume", run, "--total-steps", 40), expected)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, command, refused):
@@ -496,11 +527,32 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
         for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
             mine.copy_(theirs)
         exact = [parameter.detach().clone() for parameter in learner.agent.parameters()]
-        statistics = dict(zip(script.Learner.STATISTICS, learner.update().tolist()))
+        statistics = learner.update(6e-4)
     assert all((part.abs().max() > 0) == carry_state for part in unroll.state)
     assert unroll.action.unique().numel() == 15
     assert statistics["vtrace/mean_rho"] > 0.99 and statistics["loss/entropy"] > 2.5
     assert all(not torch.equal(old, new) for old, new in zip(exact, learner.agent.parameters()))
+
+
+@pytest.mark.gpu
+def test_without_cuda_graphs_values_can_be_looked_at_in_act_and_loss(command, monkeypatch, tmp_path):
+    act, loss, seen = script.Actor.act, script.Learner.loss, []
+
+    def watched_act(actor):
+        act(actor)
+        seen.append(actor.t.item())
+
+    def watched_loss(learner):
+        result = loss(learner)
+        seen.append(result[0].item())
+        return result
+
+    monkeypatch.setattr(script.Actor, "act", watched_act)
+    monkeypatch.setattr(script.Learner, "loss", watched_loss)
+    command(script, *"--cuda --no-cuda-graphs --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8".split(),
+            "--total-steps", 4000)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read(run)["step"] == 4000 and len(seen) > 10 + 100  # ten updates, and the steps of at least two unrolls
 
 
 @pytest.mark.gpu

@@ -13,35 +13,33 @@ class Learner(script.Learner):
 
     first = second = None
 
-    def fill(self, actors, version):
-        Learner.seeds = [actor.generator.initial_seed() for actor in actors.actors]
-        return super().fill(actors, version)
+    def fill(self, pool, version):
+        Learner.seeds = [actor.generator.initial_seed() for actor in pool.actors]
+        return super().fill(pool, version)
 
     def learned(self):
         return copy.deepcopy((self.agent.state_dict(), self.optimizer.state_dict()["state"]))
 
-    def update(self, stop=False):
+    def update(self, learning_rate):
         if self.second:
-            return super().update(stop)
+            return super().update(learning_rate)
         if self.first:
             if script.RANK == 1:
                 self.batch.reward.fill_(float("nan"))
-            before, result = self.learned(), super().update(stop)
+            before, result = self.learned(), super().update(learning_rate)
             Learner.second = dict(skipped=(before, self.learned()))
             return result
         before, batch = copy.deepcopy(self.agent.state_dict()), copy.deepcopy(vars(self.batch))
-        result = super().update(stop)
+        result = super().update(learning_rate)
         Learner.first = dict(before=before, batch=batch, after=copy.deepcopy(self.agent.state_dict()))
         return result
 
 
 script.Learner = Learner
 launch = script.Launch()
-given, checkpoint = script.parse_args(launch)
-args, games = script.complete(given)
-args.num_actors = (3, 1)[script.RANK]  # as on machines with other numbers of cores
-agent = script.make_agent(args, checkpoint)
-for parameter in agent.parameters():
+run = script.Run(launch, *script.parse_args(launch))
+run.args.num_actors = (3, 1)[script.RANK]  # as on machines with other numbers of cores
+for parameter in run.agent.parameters():
     parameter.data *= 1 + script.RANK / 1000  # as of a processor that rounds otherwise, though less
-script.train(given, args, games, agent, checkpoint, script.make_run(args), launch)
-torch.save(Learner.first | Learner.second | dict(last=agent.state_dict(), seeds=Learner.seeds), f"process{script.RANK}.pt")
+script.train(run, script.Stop())
+torch.save(Learner.first | Learner.second | dict(last=run.agent.state_dict(), seeds=Learner.seeds), f"process{script.RANK}.pt")
