@@ -1,1 +1,1 @@
-"""What only evaluate.py uses: statistics and tables, and pictures."""
+"""What only evaluate.py imports: tables and pictures; and results, a command that keeps and publishes what came of runs."""

@@ -10,6 +10,7 @@ import evaluate
 import impala_procgen_srwm
 
 gc.freeze()  # modules are no garbage, and need not be looked through at each collection
+torch.set_num_threads(1)  # batches are small here: a second thread waits more than it computes
 
 SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
 
