@@ -741,6 +741,8 @@ def parse_args(launch):
     if given.resume is not None:
         path, script = given.resume, Path(__file__).name
         checkpoint = load_checkpoint(path, script)
+        if not checkpoint["optimizer"]:
+            raise ValueError(f"--resume needs a run, and {path} holds weights alone: --init-from begins a run with them")
         saved = saved_args(checkpoint)
         given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
         for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",

@@ -24,7 +24,8 @@ NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each
 
 
 # Flags in which runs of one model may differ; `games` and `init_from` stand in their records, readable.
-MANAGING = {"exp_name", "seed", "track", "profile", "env", "multi_env", "init_from", "num_actors", "num_envs"}
+MANAGING = {"exp_name", "seed", "track", "profile", "cuda_graphs", "env", "multi_env", "init_from", "num_actors",
+            "num_envs"}
 MANAGING_PREFIXES = ("wandb_", "log_", "save_", "valid_")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
+import impala_procgen_srwm
 from reporting import results
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +145,10 @@ def test_weights_alone_begin_a_new_run(released, train):
     run = train("--total-steps", 20, "--init-from", released, "--learning-rate", 0)
     new, old = (torch.load(path)["model"] for path in (run / "checkpoint.pt", released))
     assert all((new[name] == tensor).all() for name, tensor in old.items())
+
+
+def test_weights_alone_are_no_run_that_could_go_on(released, command, refused):
+    refused(lambda: command(impala_procgen_srwm, "--resume", released), "--resume needs a run", "--init-from")
 
 
 def replay(path):
