@@ -39,8 +39,8 @@ import tyro
 from reporting import tables
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
-SLOTS = {"cpu": 32, "cuda": 64}  # environments that a thread plays at once: the batch of its agent
-VECTOR = {"cpu": 4, "cuda": 16}  # how many of them play the same game
+SLOTS = {"cpu": 32, "cuda": 128}  # environments that a thread plays at once: the batch of its agent
+VECTOR = {"cpu": 4, "cuda": 32}  # how many of them play the same game
 ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
 
 

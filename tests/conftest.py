@@ -72,8 +72,8 @@ def trained(trained_once, command, tmp_path):
 @pytest.fixture
 def few_slots(monkeypatch):
     """Four environments for each thread of evaluate.py, in two vectors: small batches, and levels that have to wait."""
-    monkeypatch.setattr(evaluate, "SLOTS", {"cpu": 4})
-    monkeypatch.setattr(evaluate, "VECTOR", {"cpu": 2})
+    monkeypatch.setattr(evaluate, "SLOTS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(evaluate, "VECTOR", {"cpu": 2, "cuda": 2})
 
 
 @pytest.fixture
