@@ -8,10 +8,9 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
     python impala_procgen_lstm.py --resume runs/NAME   continues a run
     python evaluate.py --start-level 1000              scores it on new levels
 
-    engine -- frame, reward, done --> Actor -- full Unrolls --> Learner
-       ^                              |   ^                   batch, agent,
-       '----------- action -----------'   |                   V-trace, RMSprop
-                                          '----- Weights -----'
+    engine -- frame, reward, done --> Actor -- full Unroll --> Learner: forward, V-trace, backward, RMSprop
+       ^                              |   ^                       |
+       '----------- action -----------'   '------- Weights -------'
 
 The story comes first, then housekeeping. For an ablation, copy this file. In shapes, T is time steps, B environments,
 H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 900 on two CPU cores.
@@ -64,7 +63,7 @@ GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
          "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
          "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
 Mode = Literal["easy", "hard", "extreme", "memory"]
-FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # of every game, and of the encoder
+FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # FEATURES: what the encoder makes of a frame
 
 
 @dataclass
@@ -73,7 +72,7 @@ class RunArgs:
     seed: int = 1  # of weights, levels and actions (asynchronous threads still make runs differ, see --deterministic)
     deterministic: bool = False  # actors and learner take turns: slower, but equal seeds give equal runs, bit for bit
     cuda: bool = torch.cuda.is_available()  # train on the GPU
-    cuda_graphs: bool = True  # on a GPU; without, print, .item() and breakpoints work in Actor.act and Learner.loss
+    cuda_graphs: bool = True  # run act and loss as CUDA graphs; without, print, .item() and breakpoints work there
     bf16: bool | None = None  # run the CNN in bfloat16 (None: where the hardware computes in it)
     # continue the run in this folder, or from this checkpoint file of it, with its own arguments as defaults;
     # auto: continue the newest unfinished run of the same arguments, or begin a new one
@@ -140,7 +139,7 @@ class Encoder(nn.Module):
             channels = out
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, FEATURES)  # 64 is halved three times
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # False if a copy changes it
+        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # False if self.cnn was changed
         if not self.fused:
             self.to(memory_format=torch.channels_last)
 
@@ -149,13 +148,13 @@ class Encoder(nn.Module):
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.fused:
-                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
+                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())  # divides by 255 itself
             else:
                 x = self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)
             return F.relu(self.fc(F.relu(x))).float()
 
 
-# ======================================== model: what the scripts differ in ========================================
+# ================================== model: all that differs between the six scripts ==================================
 
 
 @dataclass
@@ -202,13 +201,14 @@ class Agent(nn.Module):
 def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
     """V-trace targets and policy-gradient advantages (Espeholt et al. 2018, section 4.1) with all weights clipped at 1.
 
-    log_rhos, which is log(pi / mu) of the actions taken, discounts, rewards and values: (T, B); bootstrap_value, which
-    is V at step T: (B,). Returns vs and pg_advantages, (T, B) each, without gradient.
+    log_rhos (log(pi / mu) of the actions taken), discounts, rewards and values: (T, B). bootstrap_value (V at step T):
+    (B,). Returns vs and pg_advantages, (T, B) each, without gradient.
     """
     rhos = log_rhos.exp().clamp(max=1.0)
     next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
     deltas = rhos * (rewards + discounts * next_values - values)
-    # vs - V at step s is the sum over t >= s of deltas[t], times the product of discounts * rhos from s to t - 1.
+    # vs - V at step s is the sum over t >= s of deltas[t], times the product of discounts * rhos from s to t - 1. All s
+    # and t at once: a loop over time would be a hundred small kernels.
     steps = torch.arange(len(values), device=values.device)
     s, t = steps.view(-1, 1, 1), steps.view(1, -1, 1)
     factors = torch.cat([torch.ones_like(values[:1]), (discounts * rhos)[:-1]])  # of step t - 1
@@ -247,26 +247,26 @@ class Episodes:
 
     def spread(self, game):
         """Standard deviation of the game's returns; 1 while fewer than ten are known, or all are the same."""
-        returns = [episode_return for episode_return, _ in list(self.recent[game])]
-        return (np.std(returns) if len(returns) >= 10 else 0.0) or 1.0
+        returns = [episode_return for episode_return, _ in list(self.recent[game])]  # a copy: actors append
+        return (np.std(returns) or 1.0) if len(returns) >= 10 else 1.0
 
 
 class Unroll:
     """T + 1 time steps of B environments, in fixed memory on the learner's device; the last is the next unroll's first.
-    Actors fill it, and the learner's batch is one too, whose environments come from several."""
+    Actors fill unrolls. The learner's batch is one too, of environments of one or more actors."""
 
     def __init__(self, agent, T, B):
         device = next(agent.parameters()).device
         self.obs = torch.zeros(T + 1, B, *FRAME_SHAPE, dtype=torch.uint8, device=device)
         self.reward = torch.zeros(T + 1, B, device=device)  # of the action before
-        self.done = torch.zeros(T + 1, B, dtype=torch.bool, device=device)  # the frame at t begins an episode
+        self.done = torch.zeros(T + 1, B, dtype=torch.bool, device=device)  # the frame at t is the first of an episode
         self.inputs = (self.obs, self.reward, self.done)  # of the agent
         self.action = torch.zeros(T, B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(T, B, NUM_ACTIONS, device=device)  # of the policy that acted
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
         self.version = 0  # of the weights that acted
-        self.used = None  # CUDA's event after which it is free to be read, or to be written again
+        self.ready = None  # CUDA's event to wait for before it is read, or filled again
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
@@ -275,50 +275,53 @@ class Unroll:
 
 
 class Weights:
-    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU each copy
-    waits for the one before, whichever thread began it, but no thread waits."""
+    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU, all
+    threads' copies run there one after another; the threads do not wait."""
 
     def __init__(self, agent):
         self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
         self.version, self.lock, self.copied = 0, threading.Lock(), record_event()
 
     def publish(self, agent):
-        self.copy(agent.parameters(), self.newest, updates=1)
+        with self.lock:
+            self.copy(agent.parameters(), self.newest)
+            self.version += 1
 
     def fetch(self, agent):
         """Gives the agent the newest weights. Returns their version."""
-        return self.copy(self.newest, agent.parameters(), updates=0)
-
-    @torch.no_grad()
-    def copy(self, sources, targets, updates):
         with self.lock:
-            wait_on_device(self.copied)
-            torch._foreach_copy_(list(targets), list(sources))
-            self.copied = record_event()
-            self.version += updates
+            self.copy(self.newest, agent.parameters())
             return self.version
 
+    @torch.no_grad()
+    def copy(self, sources, targets):
+        wait_on_device(self.copied)
+        torch._foreach_copy_(list(targets), list(sources))
+        self.copied = record_event()
 
+
+# On a GPU a thread queues work on its CUDA stream and goes on. record_event() marks a place in the queue, for which
+# wait_for() stops a thread, and wait_on_device() its stream alone. capture() makes a CUDA graph of a function.
 class Actor:
-    """A vector of environments and the agent that plays it: fills unrolls, each with the weights that are newest then.
+    """A vector of environments and the agent that plays it: fills unrolls, with the newest weights at each one's start.
     A step of the policy is one function, `act`, and on a GPU one CUDA graph: from the engine's frames to actions."""
 
     def __init__(self, index, pool):
         args, B, device = pool.args, pool.args.num_envs, torch.device("cuda" if pool.args.cuda else "cpu")
         self.name, self.args, self.games = f"actor {index}", args, pool.games
         self.weights, self.episodes = pool.weights, pool.episodes
-        self.waiting_since = None  # when it began to wait for its environments
+        self.waiting_since = None  # since when it has waited for its environments: check_actors() looks
         self.envs = make_envs(args, pool.games, B, pool.seed + index, engine_threads(args))
         self.returns, self.lengths = np.zeros(B), np.zeros(B, dtype=np.int64)
         self.agent = Agent(args).to(device).requires_grad_(False)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
-        self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the time step that comes next into the unroll
-        self.reward = torch.zeros(1, B, pin_memory=args.cuda)  # on the host, as the next two
-        self.done = torch.zeros(1, B, dtype=torch.bool, pin_memory=args.cuda)
-        self.action = torch.zeros(B, dtype=torch.int32, pin_memory=args.cuda)
+        self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the next time step: a tensor, for a graph to count
+        self.host_reward = torch.zeros(1, B, pin_memory=args.cuda)
+        self.host_done = torch.zeros(1, B, dtype=torch.bool, pin_memory=args.cuda)
+        self.host_action = torch.zeros(B, dtype=torch.int32, pin_memory=args.cuda)
         self.num_diverged = torch.zeros((), device=device)  # states that were reset
-        frames = torch.from_numpy(self.observe()[1]["rgb"])  # the engine's own buffer
-        self.host_inputs = (frames.unsqueeze(0), self.reward, self.done)
+        frames = torch.from_numpy(self.observe()[1]["rgb"])  # the engine's buffer, which each step fills anew
+        self.host_inputs = (frames.unsqueeze(0), self.host_reward, self.host_done)
         self.generator = torch.Generator(device).manual_seed(pool.seed + index)
         self.stream = self.act_graph = None
         if args.cuda:
@@ -326,7 +329,7 @@ class Actor:
             self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
             self.stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above get their first values
             with torch.cuda.stream(self.stream):
-                self.act()  # compiles; its state is no episode's
+                self.act()  # before capture, and what it leaves in the state is zeroed
                 for part in self.state:
                     part.zero_()
             if args.cuda_graphs:
@@ -349,7 +352,7 @@ class Actor:
         action = (logits.softmax(-1) / exponential).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
         self.unroll.logits.index_copy_(0, self.t, logits)
         self.unroll.action.index_copy_(0, self.t, action)
-        self.action.copy_(action[0].int(), non_blocking=True)
+        self.host_action.copy_(action[0].int(), non_blocking=True)
         self.t += 1
 
     def observe(self):
@@ -357,7 +360,7 @@ class Actor:
         self.waiting_since = time.monotonic()
         reward, obs, done = self.envs.observe()
         self.waiting_since = None
-        self.reward.numpy()[0], self.done.numpy()[0] = reward, done
+        self.host_reward.numpy()[0], self.host_done.numpy()[0] = reward, done
         return reward, obs, done
 
     def play(self, unroll):
@@ -377,10 +380,10 @@ class Actor:
         for _ in range(self.args.unroll_length):
             act()
             acted = record_event()
-            yield
+            yield  # while the policy runs
             wait_for(acted)
-            self.envs.act(self.action.numpy())
-            yield
+            self.envs.act(self.host_action.numpy())
+            yield  # while the environments move
             reward, _, done = self.observe()
             self.returns += reward
             self.lengths += 1
@@ -388,10 +391,10 @@ class Actor:
                 self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
         self.store()
-        # A CUDA graph always writes to the same addresses: so the actor fills an unroll of its own, and copies it.
-        wait_on_device(unroll.used)
+        # A CUDA graph always writes to the same addresses: so the actor fills self.unroll, and copies it to this one.
+        wait_on_device(unroll.ready)
         torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
-        unroll.used = record_event()
+        unroll.ready = record_event()
 
 
 class ActorPool:
@@ -401,7 +404,7 @@ class ActorPool:
 
     def __init__(self, args, episodes, weights, seed, stop, num_unrolls):
         self.args, self.episodes, self.weights, self.seed, self.stop = args, episodes, weights, seed, stop
-        self.games, self.turn, self.closed, self.error = list(episodes.recent), 0, False, None  # turn: of which actor
+        self.games, self.closed, self.error, self.turn = list(episodes.recent), False, None, 0  # turn: of which actor
         self.free, self.full = queue.SimpleQueue(), queue.SimpleQueue()
         self.actors = [Actor(i, self) for i in range(args.num_actors)]
         for _ in range(num_unrolls):
@@ -410,7 +413,7 @@ class ActorPool:
         self.threads = [threading.Thread(target=self.run, args=(group,), daemon=True) for group in groups]
 
     def start(self):
-        synchronize()
+        synchronize()  # with the stream on which the actors' tensors were made
         for thread in self.threads:
             thread.start()
 
@@ -418,16 +421,14 @@ class ActorPool:
         try:
             take_turns(actors, self)
         except BaseException as error:
-            self.error = error
-        finally:
-            self.full.put(None)  # wakes whoever waits: no more will come
+            self.error = error  # for check_actors() to raise
 
     def get(self):
         """The next full unroll, or None after a signal to stop. Raises what an actor died of."""
         if self.args.deterministic:
             actor, self.turn = self.actors[self.turn], (self.turn + 1) % len(self.actors)
             unroll = self.free.get()
-            with torch.cuda.stream(actor.stream):
+            with torch.cuda.stream(actor.stream):  # None on a CPU, where it does nothing
                 for _ in actor.play(unroll):
                     if self.stop.now():
                         return None
@@ -435,8 +436,7 @@ class ActorPool:
         while not self.stop.now():
             check_actors(self)
             with contextlib.suppress(queue.Empty):
-                if (unroll := self.full.get(timeout=0.5)) is not None:
-                    return unroll
+                return self.full.get(timeout=0.5)
         return None
 
     def close(self):
@@ -455,9 +455,9 @@ class Learner:
         self.learning_rate = next(agent.parameters()).new_tensor(args.learning_rate)  # a tensor, for a graph to read
         self.optimizer = torch.optim.RMSprop(agent.parameters(), self.learning_rate, args.alpha, args.epsilon,
                                              momentum=args.momentum, foreach=args.cuda, capturable=args.cuda)
-        make_averages(self.optimizer, optimizer_state)
+        prepare_optimizer(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
-        self.unroll, self.column = None, 0  # the unroll in use, and its first environment that was not yet learned from
+        self.unroll, self.column = None, 0  # in use, and its first environment that was not yet learned from
         self.backward_graph = self.step_graph = None
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
@@ -471,16 +471,16 @@ class Learner:
         filled, lag = 0, 0.0
         while filled < self.args.batch_size:
             if self.unroll is None:
-                self.unroll, self.column = pool.get(), 0
-                if self.unroll is None:
+                if (unroll := pool.get()) is None:
                     return None
-                wait_on_device(self.unroll.used)
+                self.unroll, self.column = unroll, 0
+                wait_on_device(unroll.ready)
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
             torch._foreach_copy_(self.batch.columns(filled, count), self.unroll.columns(self.column, count))
             lag += (version - self.unroll.version) * count / self.args.batch_size
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
-                self.unroll.used = record_event()
+                self.unroll.ready = record_event()
                 pool.free.put(self.unroll)
                 self.unroll = None
         return lag
@@ -508,45 +508,37 @@ class Learner:
         return loss, dict(zip(sums, means.unbind()))
 
     def backward(self):
-        """Computes the gradient of the loss: `joint`, flat, with the statistics behind it, for one transfer."""
+        """Computes the gradient of the loss and the statistics, as one flat tensor that one transfer averages."""
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
-        parameters, self.names = list(self.agent.parameters()), list(statistics)
-        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]  # None: it plays no part
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.agent.parameters()]
         self.joint = torch.cat([x.flatten() for x in (*gradients, *statistics.values())])
+        self.names, number = list(statistics), len(statistics)
+        self.gradient, self.statistics = self.joint[:-number], self.joint[-number:]
 
     @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient. Where that or the loss is not finite, in any process, all
-        weights and averages stay what they were. Returns the statistics, and the gradient's norm before."""
+        """One step of RMSprop with the clipped gradient."""
+        self.gradient *= (self.args.grad_norm_clipping / (self.gradient.norm() + 1e-6)).clamp(max=1.0)
         parameters = list(self.agent.parameters())
-        *gradients, statistics = self.joint.split([*(x.numel() for x in parameters), len(self.names)])
-        gradient = self.joint[: -len(self.names)]  # all of them
-        norm = gradient.norm().view(1)
-        finite = torch.cat([statistics, norm]).isfinite().all()
-        scale = (self.args.grad_norm_clipping / (norm + 1e-6)).clamp(max=1.0)
-        gradient.copy_(torch.where(finite, gradient * scale, 0.0))
-        for parameter, part in zip(parameters, gradients):
+        for parameter, part in zip(parameters, self.gradient.split([x.numel() for x in parameters])):
             parameter.grad = part.view_as(parameter)
-        averages = [x for state in self.optimizer.state.values() for name, x in state.items() if name != "step"]
-        learned, finite = [*parameters, *averages], finite.float()
-        before = torch._foreach_mul(learned, 1 - finite)  # multiplied by 0 or 1: a CUDA graph cannot branch
         self.optimizer.step()
-        torch._foreach_mul_(learned, finite)
-        torch._foreach_add_(learned, before)
-        return torch.cat([statistics, norm])
 
     def update(self, learning_rate):
-        """One update on the batches of all processes. Returns its statistics, a dictionary of numbers."""
+        """One update on all processes' batches, if loss and gradient are finite. Returns a dictionary of statistics."""
         self.learning_rate.fill_(learning_rate)
         (self.backward_graph or self.backward)()
         if dist.is_initialized():
             dist.all_reduce(self.joint)
             self.joint /= dist.get_world_size()
-        values = (self.step_graph or self.step)()
-        synchronize()  # and leaves the core to others, which `tolist` would not
-        return dict(zip([*self.names, "gradient_norm"], values.tolist()))
+        values = torch.cat([self.statistics, self.gradient.norm().view(1)])
+        synchronize()  # sleeps until the GPU is done: tolist() alone would keep a core busy
+        statistics = dict(zip([*self.names, "gradient_norm"], values.tolist()))
+        if all(map(math.isfinite, statistics.values())):
+            (self.step_graph or self.step)()
+        return statistics
 
 
 def train(run, stop):
@@ -556,9 +548,10 @@ def train(run, stop):
     weights = Weights(agent)
     seed = (args.seed + run.step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; each process has its range
     # Each actor fills one unroll while one more is learned from. This bounds memory and the policy lag: the weights
-    # that acted are older than those that learn by about (actors + 1) x environments / batch updates.
+    # that acted are at most (actors + 1) x environments / batch updates old: 27 with 8 x 96 and batches of 32.
     pool = ActorPool(args, run.episodes, weights, seed, stop, num_unrolls=args.num_actors + 1)
     run.open(pool, seed, stop)
+    stop.training = True  # from now on, Ctrl-C saves
     try:
         pool.start()
         while run.step < args.total_steps and not stop.agreed(learner.learning_rate.device):
@@ -742,7 +735,7 @@ def parse_args(launch):
         path, script = given.resume, Path(__file__).name
         checkpoint = load_checkpoint(path, script)
         if not checkpoint["optimizer"]:
-            raise ValueError(f"--resume needs a run, and {path} holds weights alone: --init-from begins a run with them")
+            raise ValueError(f"--resume needs a run, but {path} has only weights: --init-from begins one with them")
         saved = saved_args(checkpoint)
         given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
         for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",
@@ -778,7 +771,7 @@ def unfinished_run(given):
     return None
 
 
-locks = {}  # of the runs that are this process's: open files, which end with it, however it ends
+locks = {}  # open files by a run's folder: the system unlocks them when this process ends
 
 
 def lock(folder):
@@ -794,7 +787,7 @@ def lock(folder):
         locks.pop(folder).close()
         raise ValueError(f"{folder} is in use: another process trains there") from None
     except (ImportError, OSError) as error:
-        if folder not in locks:  # else there is a file, and no locks on this system
+        if folder not in locks:  # could not be opened; otherwise this system has no locks
             raise ValueError(f"the run's folder cannot be written to: {error}") from None
 
 
@@ -838,10 +831,10 @@ class Run:
                     on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder), use_gzip=True))
         if NUM_PROCESSES > 1:
             self.launch.join(self.args, self.step)
-            for tensor in self.agent.state_dict().values():  # which other processors may round differently
+            for tensor in self.agent.state_dict().values():  # other processors may round initial weights differently
                 dist.broadcast(tensor, src=0)
             weights.publish(self.agent)
-        self.saved_at, stop.training = time.monotonic(), True
+        self.saved_at = time.monotonic()
         for part in filter(None, (self.validation, self.profiler)):
             part.start()
 
@@ -870,7 +863,7 @@ class Run:
             self.extra = math.inf
         if due:
             if self.save("checkpoint.pt"):
-                self.launch.saved(self.folder)
+                self.launch.remember(self.folder)
             self.saved_at = time.monotonic()
 
     def log(self):
@@ -879,14 +872,15 @@ class Run:
         valid_return = self.logger.write(self, dict(skipped_updates=self.skipped, reset_states=diverged))
         if valid_return is not None and (self.best is None or valid_return > self.best):
             self.lost_best = not self.save("best.pt", valid_return)
-            self.best = self.best if self.lost_best else valid_return
+            if not self.lost_best:
+                self.best = valid_return
 
     def finish(self):
         """Logs and saves what training ends with."""
         if RANK == 0:
             if self.logger.sums:
                 self.log()
-            self.written = all([self.save("checkpoint.pt"),  # before closing: who sent the signal may not wait
+            self.written = all([self.save("checkpoint.pt"),  # before closing: a scheduler may kill soon
                                 self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best])
 
     def close(self):
@@ -977,7 +971,7 @@ def make_agent(args, checkpoint):
     if args.cuda:
         torch.cuda.set_device(LOCAL_RANK)
         torch.cuda.set_stream(torch.cuda.Stream())  # the learner's, since the default stream cannot be captured
-        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # on a CPU, the usual ones are
+        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # those of a CPU always are
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS needs for that
     torch.manual_seed(args.seed)
     agent = Agent(args).to("cuda" if args.cuda else "cpu")
@@ -988,7 +982,7 @@ def make_agent(args, checkpoint):
     return agent
 
 
-def make_averages(optimizer, saved):
+def prepare_optimizer(optimizer, saved):
     """Lets the optimizer make its averages, zeros, by a step that is undone: a CUDA graph cannot make them. Restores
     the saved averages only; hyperparameters come from the arguments."""
     (group,) = optimizer.param_groups
@@ -1032,7 +1026,7 @@ def make_folder(args):
 
 
 def mean_scalars(pool):
-    """Mean return, length and normalised return of each game, and their means over games once each has ended one."""
+    """Mean return, length and normalised return of each game, and their means over games once all have ended one."""
     scalars, mode, episodes = {}, pool.args.distribution_mode, pool.episodes
     for game, recent in episodes.saved().items():
         if recent:
@@ -1069,7 +1063,10 @@ class Logger:
         if run.step == 0:
             rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(run.args).items())
             self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
-        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # over the updates since the last entry
+        self.begin_interval(run)
+
+    def begin_interval(self, run):
+        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates
 
     def write(self, run, counts):
         """Logs the interval. Returns the mean return of the validation, normalised where it can be, over the last 100
@@ -1079,11 +1076,11 @@ class Logger:
         scalars = {name: value / updates for name, value in self.sums.items()}
         scalars |= counts | dict(learning_rate=run.learning_rate, SPS=sps) | mean_scalars(run.pool)
         valid = mean_scalars(run.validation) if run.validation else {}
-        mean, valid_mean = (next((name for name in ("normalized_return/mean", "return/mean") if name in found), None)
-                            for found in (scalars, valid))
+        kinds = ("normalized_return/mean", "return/mean")
+        mean_name, valid_name = (next((name for name in kinds if name in found), None) for found in (scalars, valid))
         scalars |= {f"valid_{name}": value for name, value in valid.items()}
-        if mean in valid:
-            scalars["generalization_gap"] = scalars[mean] - valid[mean]
+        if mean_name in valid:
+            scalars["generalization_gap"] = scalars[mean_name] - valid[mean_name]
         try:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, run.step)
@@ -1096,14 +1093,14 @@ class Logger:
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
                 self.writer = SummaryWriter(self.folder)
-        total, kind = run.args.total_steps, (mean or "").split("/")[0].replace("_", " ")
+        total, kind = run.args.total_steps, (mean_name or "").split("/")[0].replace("_", " ")
         left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
-        returns = f"mean {kind} {scalars[mean]:.3f}" if mean else "no episode of each game yet"
-        returns += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
+        returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
+        returns += f", validation {valid[valid_name]:.3f}" if valid_name else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
-        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()
-        return valid[valid_mean] if valid_mean and run.validation.episodes.full() else None
+        self.begin_interval(run)
+        return valid[valid_name] if valid_name and run.validation.episodes.full() else None
 
     def close(self):
         if terminal["passing"]:
@@ -1116,8 +1113,8 @@ class Logger:
 
 
 def say(text, file=None, passing=False):
-    """Prints a line; on a terminal, the next one replaces it if it is passing. Where it cannot go (a broken pipe, a
-    full disk, a print that a signal interrupted), there is none."""
+    """Prints a line; on a terminal, the next one replaces it if it is passing. A line that cannot be printed (a broken
+    pipe, a full disk, a print that a signal interrupted) is dropped."""
     file = file or sys.stdout
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         if passing and file.isatty():
@@ -1129,7 +1126,7 @@ def say(text, file=None, passing=False):
             terminal["passing"] = False
 
 
-terminal = dict(passing=False)  # whether its last line is such a one
+terminal = dict(passing=False)  # whether the next line replaces its last one
 
 
 if sys.version_info < (3, 13):
@@ -1221,7 +1218,9 @@ def synchronize():
 
 
 def take_turns(actors, pool):
-    """Lets actors play in this thread until the pool is closed: while one infers, the environments of others move."""
+    """Plays a thread's actors by turns until the pool is closed: while some infer, the environments of others move.
+    An actor's calls of `advance` alternate: one begins to infer, the next takes the action and moves the environments.
+    """
     def unrolls(actor):
         while (unroll := pool.free.get()) is not None:
             yield from actor.play(unroll)
@@ -1234,7 +1233,8 @@ def take_turns(actors, pool):
 
     players, number = [unrolls(actor) for actor in actors], len(actors)
     later = (number + 1) // 3  # turns of others in which an actor infers
-    for i in range(number):  # if all unrolls ended at once, the learner could not take them, and nobody would play
+    # A staggered start, actor i ahead by i / number of an unroll: if all ended at once, all would wait for a free one.
+    for i in range(number):
         for _ in range(2 * (i * pool.args.unroll_length // number) + (i + later >= number)):
             advance(i)
     while not pool.closed:
@@ -1290,8 +1290,9 @@ class Launch:
             self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)
 
     def agree(self, find):
-        """What the first process finds, a path or None. Machines count restarts each for itself: so it also names the
-        attempt, and tells those that ask now, and no others."""
+        """The path, or None, that the first process finds, for all. The store may still hold keys of an attempt before
+        a crash. So each process asks under a new random name, and the first answers until all have heard. The answer
+        names this attempt too, since machines may count restarts differently."""
         if self.store is None:
             return find()
         me = os.urandom(16).hex()
@@ -1312,7 +1313,7 @@ class Launch:
         self.attempt, _, path = answer.partition(" ")
         return Path(path) if path else None
 
-    def saved(self, folder):
+    def remember(self, folder):
         """A restart continues there."""
         if self.store is not None:
             self.store.set("run", str(folder))
@@ -1345,7 +1346,8 @@ class Stop(threading.Event):
         answer_signals(signal.SIG_DFL)
 
     def now(self):
-        return self.is_set() and NUM_PROCESSES == 1  # several stop after the same update
+        """Whether to stop at once, as only a process alone may: several stop after the same update."""
+        return self.is_set() and NUM_PROCESSES == 1
 
     def agreed(self, device):
         """Whether this process was told to stop, or any other."""
@@ -1358,7 +1360,7 @@ class Stop(threading.Event):
 
 
 def answer_signals(handler):
-    """Lets SIGINT and SIGTERM call it, or does nothing in a thread, which may not. Returns who answered them before."""
+    """Sets the handler of SIGINT and SIGTERM, and returns those before. Only the main thread may; others do nothing."""
     if threading.current_thread() is threading.main_thread():
         return [signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -1370,7 +1372,7 @@ def check_actors(pool):
     for actor in pool.actors:
         since = actor.waiting_since
         if since is not None and time.monotonic() - since > STUCK_AFTER:
-            time.sleep(1)  # if it was this whole process that stood still, they answer now
+            time.sleep(1)  # after Ctrl-Z, or a laptop's sleep, they answer now
             if actor.waiting_since == since:
                 raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
 

@@ -305,7 +305,7 @@ def test_an_optimizer_whose_averages_were_made_beforehand_steps_like_a_new_one(k
         parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5))]
         optimizer = kind(parameters, 0.1, **options)
         if beforehand:
-            script.make_averages(optimizer, None)
+            script.prepare_optimizer(optimizer, None)
             assert torch.equal(parameters[0], torch.linspace(-1, 1, 5)) and optimizer.state
         for _ in range(3):
             parameters[0].grad = parameters[0].detach().cos()
