@@ -8,7 +8,7 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
     python impala_procgen_lstm.py --resume runs/NAME   continues a run
     python evaluate.py --start-level 1000              scores it on new levels
 
-    engine -- frame, reward, done --> Actor -- full Unroll --> Learner: forward, V-trace, backward, RMSprop
+    engine -- frame, reward, done --> Actor -- full Unroll --> Learner
        ^                              |   ^                       |
        '----------- action -----------'   '------- Weights -------'
 
