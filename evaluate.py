@@ -5,10 +5,10 @@
     python evaluate.py runs/A --video out.mp4          the agent playing all its games; also --plot and --probe, out.png
     python evaluate.py pretrained/srwm.pt              a file of weights alone is as good as a run
 
-Agent, environments and normalisation are those of the script which the checkpoint names: any impala_procgen_*.py, or
+Agent, environments and normalization are those of the script which the checkpoint names: any impala_procgen_*.py, or
 your own copy beside this file. The paper's splits have 200 levels each: the training levels, and tests that start at
-1000, 1200 and 1400. The return of every level goes to JSON files beside the checkpoint, but those of pretrained/NAME.pt
-to runs/NAME.
+1000, 1200 and 1400. The return of every level goes to JSON files beside the checkpoint, or to runs/NAME/ for
+pretrained/NAME.pt.
 
 To be read from top to bottom: arguments, runs, playing, main. Statistics, tables and pictures are in reporting/.
 """
@@ -65,8 +65,8 @@ class Args:
     cuda: bool = torch.cuda.is_available()
     """compute on the GPU"""
     bf16: bool | None = None
-    """run the CNN in bfloat16; machines of another kind then play other episodes (None: on a CPU that computes in
-    it)"""
+    """run the CNN in bfloat16: on a CPU faster, but scores then depend on the kind of machine (None: on CPUs that
+    compute in it)"""
     format: Literal["text", "markdown", "csv", "json"] = "text"
     """of the tables"""
     plot: Path | None = None

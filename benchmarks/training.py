@@ -129,7 +129,7 @@ class Run:
         return done / seconds, self.lines[-1][1]
 
     def end(self):
-        """Ends the run. Returns its policy lag and normalised return, means over the last tenth, and its peak memory in
+        """Ends the run. Returns its policy lag and normalized return, means over the last tenth, and its peak memory in
         GB."""
         os.kill(self.process.pid, signal.SIGTERM)
         os.kill(self.process.pid, signal.SIGCONT)
@@ -148,7 +148,7 @@ class Run:
 
 
 def one_after_another(rows, seconds, steps):
-    print("| run | steps a second | ratio | steps | policy lag | mean normalised return | host memory, GB "
+    print("| run | steps a second | ratio | steps | policy lag | mean normalized return | host memory, GB "
           "| GPU memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     base = None

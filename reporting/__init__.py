@@ -1,1 +1,1 @@
-"""What only evaluate.py imports: tables and pictures; and results, a command that keeps and publishes what came of runs."""
+"""Tables and pictures for evaluate.py; and results, a command that keeps and publishes what came of runs."""

@@ -70,7 +70,7 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
         F += beta * outer(k, v - k F);  out = q F      with the updated F
 
     Args:
-        q, k: (T, B, H, D), queries and keys at T steps of B environments, for H heads of size D; the caller normalises them.
+        q, k: (T, B, H, D), queries and keys at T steps of B environments, for H heads of size D; the caller normalizes them.
         v: (T, B, H, V), values.
         beta: (T, B, H), rates, of any size; the caller squashes them.
         state: (B, H, D, V), the memory F before the first step.

@@ -180,9 +180,9 @@ def test_the_delta_net_layer_follows_its_equations():
     memory = torch.zeros_like(state)
     for t in range(T):
         for b in range(B):
-            normalised = F.layer_norm(hs[t, b], (H * D,), layer.norm.weight, layer.norm.bias)
+            normalized = F.layer_norm(hs[t, b], (H * D,), layer.norm.weight, layer.norm.bias)
             ys = []
-            for h, z in enumerate((layer.slow.weight @ normalised).chunk(H)):
+            for h, z in enumerate((layer.slow.weight @ normalized).chunk(H)):
                 if done[t, b]:
                     memory[b, h] = 0
                 q, k = (F.elu(part) + 1 for part in (z[:D], z[D : 2 * D]))

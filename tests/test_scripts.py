@@ -117,7 +117,7 @@ def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
     assert (mine == engine.observe()[1]["rgb"]).all() and not (mine == usual).all()
 
 
-def test_a_copy_that_changes_its_normalisation_is_scored_by_it(own_copy, train, score, tmp_path):
+def test_a_copy_that_changes_its_normalization_is_scored_by_it(own_copy, train, score, tmp_path):
     run = train("--total-steps", 20, script=own_copy('"easy": (1, 40)', '"easy": (0, 10)'))
     score("--num-levels", 1, "--env", "bigfish")
     found = json.loads((run / "evaluation_bigfish_easy_0_1.json").read_text())["games"]["bigfish"]
