@@ -119,7 +119,7 @@ def play_alone(agent, game, level, unroll_length=7, carry_state=True):
     while True:
         reward, obs, first = env.observe()
         if step > 0:
-            total += reward[0]
+            total += float(reward[0])  # not in float32
             if first[0]:
                 return total
         if step % unroll_length == 0:
