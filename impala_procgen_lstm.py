@@ -139,7 +139,7 @@ class Encoder(nn.Module):
             channels = out
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, FEATURES)  # 64 is halved three times
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.cnn)  # False if self.cnn was changed
+        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.conv, self.cnn.parameters())
         if not self.fused:
             self.to(memory_format=torch.channels_last)
 
@@ -147,11 +147,11 @@ class Encoder(nn.Module):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            if self.fused:
-                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())  # divides by 255 itself
-            else:
-                x = self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)
+            x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters()) if self.fused else self.conv(frames, self.dtype)
             return F.relu(self.fc(F.relu(x))).float()
+
+    def conv(self, frames, dtype=torch.float32):  # what the kernels compute too; if it is changed, they do not run
+        return self.cnn(frames.permute(0, 3, 1, 2).to(dtype) / 255.0).flatten(1)
 
 
 # ================================== model: all that differs between the six scripts ==================================

@@ -15,15 +15,15 @@ SECTIONS = [(32, 16), (16, 32), (8, 32)]  # width and channels of each section's
 MANY = 512  # frames from which on blocks take several at a time, where images are small
 
 
-def is_impala_cnn(module):
-    """Whether a module computes what `impala_cnn` does with the module's parameters, tried on two images."""
-    parameters = [parameter.detach() for parameter in module.parameters()]
+def is_impala_cnn(function, parameters):
+    """Whether a function of frames (N, 64, 64, 3) uint8 is `impala_cnn` with these parameters, tried on two images."""
+    parameters = [parameter.detach() for parameter in parameters]
     if [tuple(parameter.shape) for parameter in parameters] != SHAPES:
         return False
     frames = (torch.arange(2 * 64 * 64 * 3) % 251).to(torch.uint8).view(2, 64, 64, 3)
     expected = reference.impala_cnn(frames, *parameters)
     with torch.no_grad():
-        features = module(frames.permute(0, 3, 1, 2) / 255).flatten(1)
+        features = function(frames)
     return features.shape == expected.shape and torch.allclose(features, expected, rtol=1e-3, atol=1e-3)
 
 

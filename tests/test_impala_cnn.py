@@ -41,9 +41,8 @@ def engine_frames(N):
 
 def test_the_definition_in_the_scripts_is_the_function_s():
     encoder, frames = make_agent().encoder, noise(3)
-    features = encoder.cnn(frames.permute(0, 3, 1, 2) / 255).flatten(1)
-    torch.testing.assert_close(srwm_cuda.impala_cnn(frames, *encoder.cnn.parameters()), features)
-    assert srwm_cuda.is_impala_cnn(encoder.cnn)
+    torch.testing.assert_close(srwm_cuda.impala_cnn(frames, *encoder.cnn.parameters()), encoder.conv(frames))
+    assert srwm_cuda.is_impala_cnn(encoder.conv, encoder.cnn.parameters())
 
 
 def stride(layers):
@@ -66,9 +65,14 @@ def without_pooling(layers):
 @pytest.mark.parametrize("change", [stride, activation, width, without_pooling, lambda layers: layers.append(torch.nn.Tanh())],
                          ids=["stride", "activation", "width", "no pooling", "another layer"])
 def test_a_cnn_that_was_changed_is_not_taken_for_the_function_s(change):
-    layers = make_agent().encoder.cnn
-    change(layers)
-    assert not srwm_cuda.is_impala_cnn(layers)
+    encoder = make_agent().encoder
+    change(encoder.cnn)
+    assert not srwm_cuda.is_impala_cnn(encoder.conv, encoder.cnn.parameters())
+
+
+def test_frames_that_are_scaled_otherwise_are_not_for_the_function():
+    encoder = make_agent().encoder
+    assert not srwm_cuda.is_impala_cnn(lambda frames: encoder.conv(frames // 2), encoder.cnn.parameters())
 
 
 @pytest.mark.parametrize("broken, message", [
