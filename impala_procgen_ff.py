@@ -205,7 +205,7 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
 
 def make_envs(args, games, num, seed, num_threads=0, **options):
     """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them.
-    The options are the engine's. evaluate.py uses it too. Each observe() must fill the same buffers, which actors keep."""
+    The options are the engine's. evaluate.py uses it too. Actors keep the buffers that observe() fills."""
     options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels, start_level=args.start_level)
     try:
         envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
