@@ -26,6 +26,7 @@ from reporting import pictures, tables
 RESULTS, POINTS = Path("results"), 200  # of a learning curve
 MAX_BYTES = 5_000_000  # of weights alone
 FIRST_LEVEL, NUM_LEVELS, NUM_STEPS = 1000, 5, 250  # a release keeps the returns of the short episodes among so many
+NOISE = 1e-5  # relative, in weights: more than machines differ by
 
 Scored = namedtuple("Scored", "path records model")  # a run, as reporting.tables wants it
 
@@ -170,9 +171,21 @@ def release(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path])
 
 def play_levels(path):
     """Plays a few levels of each game on the CPU, in float32, greedily, and returns [[game, level, return]] of those
-    that end soon: by them one sees on another machine that weights and scores belong together."""
+    that end soon: by them one sees on another machine that weights and scores belong together. Machines round
+    differently, so only those are kept whose returns weights with a little noise get too."""
     torch.set_num_threads(1)  # as when runs are scored
     run = evaluate.load_run(path, evaluate.Args(cuda=False, bf16=False))
+    exact, played = [weight.clone() for weight in run.agent.parameters()], [play_once(run)]
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        for weight, value in zip(run.agent.parameters(), exact):
+            weight.copy_(value * (1 + NOISE * torch.randn(value.shape, generator=generator)))
+        played.append(play_once(run))
+    return [[*episode, total] for episode, total in played[0].items() if all(p.get(episode) == total for p in played)]
+
+
+def play_once(run):
+    """{(game, level): return} of the episodes that end within NUM_STEPS."""
     policy = evaluate.Policy(run.script, run.agent, run.args, greedy=True, seed=1)
     each = max(1, min(NUM_LEVELS, len(policy.step) // len(run.games)))
     splits = [evaluate.Split(FIRST_LEVEL + n, 1, "test") for n in range(each)]
@@ -183,7 +196,7 @@ def play_levels(path):
         for episode in episodes:
             if not episode.ended:
                 episode.step(actions)
-    return [[episode.name, episode.level, episode.total] for episode in episodes if episode.ended]
+    return {(episode.name, episode.level): episode.total for episode in episodes if episode.ended}
 
 
 def main():
