@@ -844,7 +844,7 @@ class Run:
                 f"{self.args.num_envs} environments, {parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
 
     def open(self, pool, seed, stop):
-        """Begins the log and the validation; connects the processes; answers signals."""
+        """Begins the log and the validation, and connects the processes."""
         self.pool, weights = pool, pool.weights
         if RANK == 0:
             if self.args.valid_num_levels:
