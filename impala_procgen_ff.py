@@ -204,8 +204,7 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
 
 
 def make_envs(args, games, num, seed, num_threads=0, **options):
-    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them.
-    The options are the engine's. evaluate.py uses it too. Actors keep the buffers that observe() fills."""
+    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
     options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels, start_level=args.start_level)
     try:
         envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
@@ -250,7 +249,7 @@ class Unroll:
         self.logits = torch.zeros(T, B, NUM_ACTIONS, device=device)  # of the policy that acted
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
-        self.version = 0  # of the weights that acted
+        self.version = 0  # of the weights that acted, their mean
         self.ready = None  # CUDA's event to wait for before it is read, or filled again
 
     def columns(self, begin, count):
@@ -288,7 +287,7 @@ class Weights:
 # On a GPU a thread queues work on its CUDA stream and goes on. record_event() marks a place in the queue, for which
 # wait_for() stops a thread, and wait_on_device() its stream alone. capture() makes a CUDA graph of a function.
 class Actor:
-    """A vector of environments and the agent that plays it: fills unrolls, with the newest weights at each one's start.
+    """A vector of environments and the agent that plays it, with the newest weights every few steps: fills unrolls.
     A step of the policy is one function, `act`, and on a GPU one CUDA graph: from the engine's frames to actions."""
 
     def __init__(self, index, pool):
@@ -349,9 +348,7 @@ class Actor:
         return reward, obs, done
 
     def play(self, unroll):
-        """Fills the unroll with the next T steps. A generator: it yields where it would wait for the device or for the
-        environments, so that the thread can turn to other actors."""
-        unroll.version = self.weights.fetch(self.agent)
+        """Fills the unroll with T steps. A generator: it yields where it would wait, so that other actors can go on."""
         self.num_diverged += reset_diverged(self.agent, self.state)
         for first, now in zip(self.unroll.state, self.state):
             if not self.args.carry_state:
@@ -361,8 +358,10 @@ class Actor:
             spreads = [self.episodes.spread(game) for game in self.games] * (self.args.num_envs // len(self.games))
             self.unroll.reward_scale.copy_(1 / torch.tensor([spreads]))
         self.t.zero_()
-        act = self.act_graph or self.act
-        for _ in range(self.args.unroll_length):
+        act, versions = self.act_graph or self.act, []
+        for step in range(self.args.unroll_length):
+            if step % 5 == 0:  # V-trace asks for the policy that acted at each step, not for one policy in an unroll
+                versions.append(self.weights.fetch(self.agent))
             act()
             acted = record_event()
             yield  # while the policy runs
@@ -376,6 +375,7 @@ class Actor:
                 self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
                 self.returns[n] = self.lengths[n] = 0
         self.store()
+        unroll.version = np.mean(versions)
         # A CUDA graph always writes to the same addresses: so the actor fills self.unroll, and copies it to this one.
         wait_on_device(unroll.ready)
         torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
@@ -532,8 +532,8 @@ def train(run, stop):
     learner = run.learner = Learner(agent, args, run.optimizer_state)
     weights = Weights(agent)
     seed = (args.seed + run.step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; each process has its range
-    # Each actor fills one unroll while one more is learned from. This bounds memory and the policy lag: the weights
-    # that acted are at most (actors + 1) x environments / batch updates old: 27 with 8 x 96 and batches of 32.
+    # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
+    # (actors + 1) x environments / batch updates old, 27 with 8 x 96 and batches of 32, and on average half of that.
     pool = ActorPool(args, run.episodes, weights, seed, stop, num_unrolls=args.num_actors + 1)
     run.open(pool, seed, stop)
     stop.training = True  # from now on, Ctrl-C saves
