@@ -290,7 +290,7 @@ class Unroll:
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
         self.version = 0  # of the weights that acted, their mean
-        self.ready = None  # CUDA's event to wait for before it is read, or filled again
+        self.ready = record_event()  # to wait for before it is read, or filled again
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
@@ -319,13 +319,13 @@ class Weights:
 
     @torch.no_grad()
     def copy(self, sources, targets):
-        wait_on_device(self.copied)
+        self.copied.wait()
         torch._foreach_copy_(list(targets), list(sources))
         self.copied = record_event()
 
 
 # On a GPU a thread queues work on its CUDA stream and goes on. record_event() marks a place in the queue, for which
-# wait_for() stops a thread, and wait_on_device() its stream alone. capture() makes a CUDA graph of a function.
+# synchronize() stops a thread, and wait() its stream alone. capture() makes a CUDA graph of a function.
 class Actor:
     """A vector of environments and the agent that plays it, with the newest weights every few steps: fills unrolls.
     A step of the policy is one function, `act`, and on a GPU one CUDA graph: from the engine's frames to actions."""
@@ -405,7 +405,7 @@ class Actor:
             act()
             acted = record_event()
             yield  # while the policy runs
-            wait_for(acted)
+            acted.synchronize()
             self.envs.act(self.host_action.numpy())
             yield  # while the environments move
             reward, _, done = self.observe()
@@ -417,7 +417,7 @@ class Actor:
         self.store()
         unroll.version = np.mean(versions)
         # A CUDA graph always writes to the same addresses: so the actor fills self.unroll, and copies it to this one.
-        wait_on_device(unroll.ready)
+        unroll.ready.wait()
         torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
         unroll.ready = record_event()
 
@@ -499,7 +499,7 @@ class Learner:
                 if (unroll := pool.get()) is None:
                     return None
                 self.unroll, self.column = unroll, 0
-                wait_on_device(unroll.ready)
+                unroll.ready.wait()
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
             torch._foreach_copy_(self.batch.columns(filled, count), self.unroll.columns(self.column, count))
             lag += (version - self.unroll.version) * count / self.args.batch_size
@@ -1218,28 +1218,16 @@ def keep_freed_memory():
 
 
 def record_event():
-    """An event on the calling thread's CUDA stream; None if there is no GPU in use."""
-    if torch.cuda.is_initialized():
-        event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to the environments
-        event.record()
-        return event
-    return None
-
-
-def wait_for(event):
-    if event is not None:
-        event.synchronize()
-
-
-def wait_on_device(event):
-    """Lets what the calling thread's stream does next wait for an event, but not the thread."""
-    if event is not None:
-        torch.cuda.current_stream().wait_event(event)
+    """An event on the calling thread's CUDA stream; without a GPU in use, one that nobody waits for."""
+    # blocking: whoever waits for it leaves the core to the environments
+    event = torch.cuda.Event(blocking=True) if torch.cuda.is_initialized() else torch.cpu.Event()
+    event.record()
+    return event
 
 
 def synchronize():
     """Waits for the calling thread's CUDA stream, if there is one."""
-    wait_for(record_event())
+    record_event().synchronize()
 
 
 def take_turns(actors, pool):
