@@ -1008,23 +1008,18 @@ def make_agent(args, checkpoint):
 
 
 def prepare_optimizer(optimizer, saved):
-    """Lets the optimizer make its averages, zeros, by a step that is undone: a CUDA graph cannot make them. Restores
-    the saved averages only; hyperparameters come from the arguments."""
+    """Lets the optimizer make its averages, by a step at learning rate zero: a CUDA graph cannot make them. They become
+    the saved ones, or else zeros. Hyperparameters come from the arguments."""
     (group,) = optimizer.param_groups
-    before = [parameter.detach().clone() for parameter in group["params"]]
     for parameter in group["params"]:
         parameter.grad = torch.zeros_like(parameter)
+    learning_rate, group["lr"] = group["lr"], 0 * group["lr"]
     optimizer.step()
-    with torch.no_grad():
-        torch._foreach_copy_(group["params"], before)
-        for averages in optimizer.state.values():
-            torch._foreach_zero_(list(averages.values()))
-    if saved is not None:
-        state, learning_rate = optimizer.state_dict(), group["lr"]
-        for index, averages in saved["state"].items():
-            state["state"][index] |= averages
-        optimizer.load_state_dict(state)
-        optimizer.param_groups[0]["lr"] = learning_rate
+    group["lr"] = learning_rate
+    for index, parameter in enumerate(group["params"]):
+        before = saved["state"][index] if saved else {}
+        for name, average in optimizer.state[parameter].items():
+            average.copy_(before.get(name, torch.zeros_like(average)))
 
 
 def make_folder(args):
