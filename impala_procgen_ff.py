@@ -848,7 +848,7 @@ class Run:
             self.extra = math.inf
         if due:
             if self.save("checkpoint.pt"):
-                self.launch.remember(self.folder)
+                self.launch.store.set("run", os.fsencode(self.folder))  # where an attempt after a crash goes on
             self.saved_at = time.monotonic()
 
     def log(self):
@@ -977,7 +977,7 @@ def prepare_optimizer(optimizer, saved):
     optimizer.step()
     group["lr"] = learning_rate
     for index, parameter in enumerate(group["params"]):
-        before = saved["state"][index] if saved else {}
+        before = saved["state"].get(index, {}) if saved else {}
         for name, average in optimizer.state[parameter].items():
             average.copy_(before.get(name, torch.zeros_like(average)))
 
@@ -1248,11 +1248,10 @@ def reset_diverged(agent, state):
 
 
 class Launch:
-    """What processes share that torchrun started together, also with those that it starts after one has died: a store.
-    A process alone has none."""
+    """A store for processes that torchrun started together, and for those that it starts after one of them has died."""
 
     def __init__(self):
-        self.store, of_torchrun = None, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.store, of_torchrun = dist.HashStore(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if NUM_PROCESSES > 1 or of_torchrun:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)
@@ -1261,11 +1260,9 @@ class Launch:
         """The path, or None, that the first process finds, for all. The store may still hold keys of an attempt before
         a crash. So each process asks under a new random name, and the first answers until all have heard. The answer
         names this attempt too, since machines may count restarts differently."""
-        if self.store is None:
-            return find()
         me = os.urandom(16).hex()
         if RANK == 0:
-            saved = self.store.get("run").decode() if self.store.check(["run"]) else ""  # by an attempt before
+            saved = os.fsdecode(self.store.get("run")) if self.store.check(["run"]) else ""  # by an attempt before
             answer = f"{me} {saved or find() or ''}"
             while not all(self.store.check([f"{answer} heard by {rank}"]) for rank in range(1, NUM_PROCESSES)):
                 for rank in range(1, NUM_PROCESSES):
@@ -1280,11 +1277,6 @@ class Launch:
             self.store.set(f"{answer} heard by {RANK}", "")
         self.attempt, _, path = answer.partition(" ")
         return Path(path) if path else None
-
-    def remember(self, folder):
-        """A restart continues there."""
-        if self.store is not None:
-            self.store.set("run", str(folder))
 
     def join(self, args, step):
         """Connects the processes, whose gradients are averaged."""
