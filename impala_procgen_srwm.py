@@ -554,7 +554,7 @@ class Learner:
         self.optimizer.step()
 
     def update(self, learning_rate):
-        """One update on all processes' batches, if loss and gradient are finite. Returns a dictionary of statistics."""
+        """One update on all processes' batches, if it is finite. Returns statistics of loss and gradient, and if they are."""
         self.learning_rate.fill_(learning_rate)
         (self.backward_graph or self.backward)()
         if dist.is_initialized():
@@ -563,9 +563,9 @@ class Learner:
         values = torch.cat([self.statistics, self.gradient.norm().view(1)])
         synchronize()  # sleeps until the GPU is done: tolist() alone would keep a core busy
         statistics = dict(zip([*self.names, "gradient_norm"], values.tolist()))
-        if all(map(math.isfinite, statistics.values())):
+        if finite := all(map(math.isfinite, statistics.values())):
             (self.step_graph or self.step)()
-        return statistics
+        return statistics, finite
 
 
 def train(run, stop):
@@ -577,22 +577,21 @@ def train(run, stop):
     # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
     # (actors + 1) x environments / batch updates old, 27 with 8 x 96 and batches of 32, and on average half of that.
     pool = ActorPool(args, run.episodes, weights, seed, stop, num_unrolls=args.num_actors + 1)
-    run.open(pool, seed, stop)
-    stop.training = True  # from now on, Ctrl-C saves
     try:
+        run.open(pool, seed, stop)
+        stop.training = True  # from now on, Ctrl-C saves
         pool.start()
         while run.step < args.total_steps and not stop.agreed(learner.learning_rate.device):
             if (lag := learner.fill(pool, weights.version)) is None:
                 break
             learning_rate = args.learning_rate * (1 - run.step / args.total_steps)
-            statistics = learner.update(learning_rate)
+            statistics, finite = learner.update(learning_rate)
             weights.publish(agent)
-            run.after_update(statistics, lag, learning_rate)
+            run.after_update(statistics, finite, lag)
         run.finish()
     finally:
         pool.close()
-        run.close()
-    run.report()
+        run.parts.close()
 
 
 # ====================== housekeeping: what a run needs, and a reader of the paper does not ======================
@@ -601,9 +600,12 @@ def train(run, stop):
 RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
     int(os.environ.get(name, default)) for name, default in
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
+SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
 STUCK_AFTER = 60  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
+locks = {}  # open files by a run's folder: the system unlocks them when this process ends
+terminal = dict(passing=False)  # whether the next line replaces its last one
 
 
 @dataclass
@@ -615,17 +617,15 @@ def check_values(args):
     """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
                    "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
+    largest = dict(total_steps=2**53, save_extra_checkpoint=2**53, discounting=1, alpha=1, momentum=1)
     for field in fields(args):
         name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
         if get_origin(field.type) is Literal and value not in get_args(field.type):
             raise ValueError(f"--{flag} must be one of {', '.join(get_args(field.type))}, got {value}")
         if type(value) in (int, float):
-            limit = 2**53 if name in ("total_steps", "save_extra_checkpoint") else 2**31
-            if not (0 < value < limit or value == 0 and name in may_be_zero):
-                lowest = "at least 0" if name in may_be_zero else "positive"
-                raise ValueError(f"--{flag} must be {lowest} and less than {limit}, got {value}")
-            if value > 1 and name in ("discounting", "alpha", "momentum"):
-                raise ValueError(f"--{flag} must be at most 1, got {value}")
+            least, most = "at least 0" if name in may_be_zero else "positive", largest.get(name, 2**31 - 1)
+            if not (0 < value <= most or value == 0 and name in may_be_zero):
+                raise ValueError(f"--{flag} must be {least} and at most {most}, got {value}")
 
 
 def check_games(games, args, valid=""):
@@ -642,18 +642,6 @@ def check_games(games, args, valid=""):
         raise ValueError(f"--{valid}start-level plus --{valid}num-levels must be less than {2**31}")
 
 
-def check_device(args):
-    """Raises ValueError if the GPU that --cuda asks for is not there; decides about bfloat16."""
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda computes on the CPU")
-    if args.cuda and NUM_PROCESSES_HERE > torch.cuda.device_count():
-        raise ValueError(f"--cuda needs a GPU for each process: {NUM_PROCESSES_HERE}, not {torch.cuda.device_count()}")
-    if args.bf16 is None:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if args.cuda
-                     else any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
-
-
 def validation_args(args, games):
     """The arguments of the actor that plays held-out levels."""
     return replace(args, num_levels=args.valid_num_levels, start_level=args.valid_start_level, num_actors=1,
@@ -661,13 +649,14 @@ def validation_args(args, games):
 
 
 def resolve_args(given):
-    """Checks the arguments and fills in what is None. Returns them, and the games to play. Raises ValueError.
-
-    A checkpoint keeps the arguments as given, so that None is decided anew on the machine that continues.
-    """
+    """Checks the arguments and fills in what is None, which a checkpoint keeps: it is decided anew on the machine that
+    continues. Returns them, and the games to play. Raises ValueError."""
     args = replace(given)
     check_values(args)
-    check_device(args)
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and there is none; --no-cuda computes on the CPU")
+    if args.cuda and NUM_PROCESSES_HERE > torch.cuda.device_count():
+        raise ValueError(f"--cuda needs a GPU for each process: {NUM_PROCESSES_HERE}, not {torch.cuda.device_count()}")
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if args.env is not None and args.multi_env is not None:
@@ -685,6 +674,10 @@ def resolve_args(given):
         if valid_args.distribution_mode == mode and first < end and args.start_level <= last:
             raise ValueError(f"--valid-start-level must begin levels that are not trained on, got {first} to {last}")
 
+    if args.bf16 is None:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if args.cuda
+                     else any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
     if args.num_actors is None:
         args.num_actors = max(1, min(8, num_cores() // 2))
     if args.num_envs is None:
@@ -731,8 +724,7 @@ def command_line(default):
     grouped = make_dataclass("Grouped", groups.items())
     if {"-h", "--help"} & set(words):
         for part in __doc__.rstrip().split("\n\n"):  # what is indented stays as it is
-            text = part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns)
-            print(text, end="\n\n")
+            print(part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns), end="\n\n")
     with contextlib.redirect_stderr(io.StringIO()) as box:
         try:
             parsed = tyro.cli(grouped, default=grouped(*defaults), args=words, config=(tyro.conf.OmitArgPrefixes,))
@@ -746,8 +738,8 @@ def command_line(default):
 
 
 def parse_args(launch):
-    """The arguments as given, and what to begin with, or None: the checkpoint of a run that continues, or weights."""
-    given, checkpoint = command_line(Args()), None
+    """The arguments as given, and what to begin with: the checkpoint of a run that continues, weights, or nothing."""
+    given, checkpoint = command_line(Args()), {}
     auto = given.resume == Path("auto")
     if given.resume is not None and given.init_from is not None and not auto:
         raise ValueError("--resume and --init-from exclude each other")
@@ -756,11 +748,10 @@ def parse_args(launch):
         saved = saved_args(checkpoint)
         given = command_line(Args(**{field.name: getattr(saved, field.name) for field in fields(ModelArgs)}))
         before = [checkpoint["args"], *checkpoint.get("before", ())]  # what the weights have learned from
-        checkpoint = dict(step=0, model=checkpoint["model"], before=before)
-    given.resume = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
-    if given.resume is not None:
-        path, script = given.resume, Path(__file__).name
-        checkpoint = load_checkpoint(path, script)
+        checkpoint = dict(model=checkpoint["model"], before=before)
+    given.resume = path = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
+    if path is not None:
+        checkpoint = load_checkpoint(path, SCRIPT)
         if not checkpoint["optimizer"]:
             raise ValueError(f"--resume needs a run, but {path} has only weights: --init-from begins one with them")
         saved = saved_args(checkpoint)
@@ -773,7 +764,7 @@ def parse_args(launch):
                                  f"{old}; --init-from begins a new run with its weights")
         if RANK == 0 and checkpoint["step"] < given.total_steps:
             lock(given.resume)
-            checkpoint = load_checkpoint(path, script)  # again: whoever had the run may have saved it last
+            checkpoint = load_checkpoint(path, SCRIPT)  # again: whoever had the run may have saved it last
     return given, checkpoint
 
 
@@ -790,47 +781,41 @@ def unfinished_run(given):
     """The newest run with these arguments that has steps left and is not in use, now locked, or None."""
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
-            with contextlib.suppress(ValueError):
-                checkpoint = load_checkpoint(path, Path(__file__).name)
+            with contextlib.suppress(ValueError, OSError):
+                checkpoint = load_checkpoint(path, SCRIPT)
                 if saved_args(checkpoint) == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
                     lock(path.parent)
                     return path.parent
     return None
 
 
-locks = {}  # open files by a run's folder: the system unlocks them when this process ends
-
-
 def lock(folder):
-    """Keeps other processes off a run. Raises ValueError if it is another's, or cannot be written to."""
+    """Keeps other processes off a run. Raises ValueError if it is another's, OSError if it cannot be written to."""
     if folder in locks:
         return
+    locks[folder] = open(folder / "lock", "a")
     try:
-        locks[folder] = open(folder / "lock", "a")
-        import fcntl  # not on Windows
-
+        import fcntl
         fcntl.flock(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         locks.pop(folder).close()
         raise ValueError(f"{folder} is in use: another process trains there") from None
-    except (ImportError, OSError) as error:
-        if folder not in locks:  # could not be opened; otherwise this system has no locks
-            raise ValueError(f"the run's folder cannot be written to: {error}") from None
+    except (ImportError, OSError):
+        pass  # Windows or a file system without locks
 
 
 class Run:
     """What a run carries and saves, and what it leaves in its folder."""
 
     def __init__(self, launch, given, checkpoint):
-        checkpoint = checkpoint or {}
         self.launch, self.given, (self.args, games) = launch, given, resolve_args(given)
         make_envs(self.args, games, len(games), self.args.seed)  # fail early if procgen cannot start
         self.agent = make_agent(self.args, checkpoint)
         self.step, self.before = checkpoint.get("step", 0), list(checkpoint.get("before", ()))
         self.optimizer_state, self.episodes = checkpoint.get("optimizer"), Episodes(games, checkpoint.get("episodes"))
         self.updates = self.skipped = self.skipped_in_a_row = 0  # the last two: of updates that are not finite
-        self.validation = self.logger = self.profiler = None
-        self.written, self.lost_best = True, False
+        self.validation = self.profiler = None
+        self.parts = contextlib.ExitStack()  # to close in the end
         self.folder = make_folder(self.args)
         if RANK == 0:
             parameters = sum(parameter.numel() for parameter in self.agent.parameters())
@@ -842,39 +827,36 @@ class Run:
         """Begins the log and the validation, and connects the processes."""
         self.pool, weights = pool, pool.weights
         if RANK == 0:
+            self.logger = self.parts.enter_context(contextlib.closing(Logger(self)))
             if self.args.valid_num_levels:
-                games, seed = list(self.episodes.recent), seed + self.args.num_actors
-                self.validation = Validation(self.args, games, weights, seed, stop)
-            self.logger, self.best = Logger(self), None
-            with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
-                self.best = load_checkpoint(self.folder / "best.pt", Path(__file__).name).get("best")
-            names = [path.stem.removeprefix("checkpoint_") for path in self.folder.glob("checkpoint_*.pt")]
-            kept = max([int(name) for name in names if name.isdecimal()], default=0)
-            wanted = self.args.save_extra_checkpoint or math.inf
-            self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # the step at which it is due
+                validation = Validation(self.args, pool.games, weights, seed + self.args.num_actors, stop)
+                self.validation = self.parts.enter_context(contextlib.closing(validation))
+                self.validation.start()
             if self.args.profile:
-                self.profiler = torch.profiler.profile(
+                self.profiler = self.parts.enter_context(torch.profiler.profile(
                     schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
-                    on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder), use_gzip=True))
+                    on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder), use_gzip=True)))
+            self.best, self.lost_best = -math.inf, False  # of the validation; whether best.pt could not be written
+            with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
+                self.best = load_checkpoint(self.folder / "best.pt", SCRIPT)["best"]
+            kept = [int(name) for path in self.folder.glob("checkpoint_*.pt") if (name := path.stem[11:]).isdecimal()]
+            wanted = self.args.save_extra_checkpoint or math.inf
+            self.extra = math.inf if wanted <= min(self.step, max(kept, default=0)) else wanted  # from which step on
         if NUM_PROCESSES > 1:
             self.launch.join(self.args, self.step)
             for tensor in self.agent.state_dict().values():  # other processors may round initial weights differently
                 dist.broadcast(tensor, src=0)
             weights.publish(self.agent)
         self.saved_at = time.monotonic()
-        for part in filter(None, (self.validation, self.profiler)):
-            part.start()
 
-    def after_update(self, statistics, lag, learning_rate):
+    def after_update(self, statistics, finite, lag):
         """Counts, validates, logs and saves, whatever is due."""
-        finite = all(map(math.isfinite, statistics.values()))
         self.skipped, self.skipped_in_a_row = self.skipped + (not finite), 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED:
-            named = ", ".join(f"{name} {value:g}" for name, value in statistics.items())
             raise FloatingPointError(f"{MAX_SKIPPED} updates in a row, the last after step {self.step:,}, are not "
-                                     f"finite: {named}")
+                                     f"finite: {statistics}")
         before, self.step = self.step, self.step + self.args.unroll_length * self.args.batch_size * NUM_PROCESSES
-        self.updates, self.learning_rate = self.updates + 1, learning_rate
+        self.updates += 1
         if RANK > 0:
             return
         if self.profiler:
@@ -895,39 +877,27 @@ class Run:
 
     def log(self):
         """Logs the updates since the last entry, and saves the best checkpoint."""
-        diverged = sum(int(actor.num_diverged) for actor in self.pool.actors)
-        valid_return = self.logger.write(self, dict(skipped_updates=self.skipped, reset_states=diverged))
-        if valid_return is not None and (self.best is None or valid_return > self.best):
+        valid_return = self.logger.write(self)
+        if valid_return > self.best:
             self.lost_best = not self.save("best.pt", valid_return)
-            if not self.lost_best:
-                self.best = valid_return
+            self.best = self.best if self.lost_best else valid_return
 
     def finish(self):
         """Logs and saves what training ends with."""
         if RANK == 0:
             if self.logger.sums:
                 self.log()
-            self.written = all([self.save("checkpoint.pt"),  # before closing: a scheduler may kill soon
-                                self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best])
-
-    def close(self):
-        for part in filter(None, (self.validation, self.logger)):
-            part.close()
-        if self.profiler:
-            self.profiler.stop()
-
-    def report(self):
+            if not all([self.save("checkpoint.pt"),  # before closing: a scheduler may kill soon
+                        self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best]):
+                sys.exit(1)
+            say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}")
         if NUM_PROCESSES > 1:
             dist.destroy_process_group()
-        if not self.written:
-            sys.exit(1)
-        if RANK == 0:
-            say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}")
 
-    def save(self, name, best=None):
+    def save(self, name, best=-math.inf):
         """Writes to a temporary file first, so that there is always a whole one. Returns whether it was written."""
         path = self.folder / name
-        checkpoint = dict(script=Path(__file__).name, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
+        checkpoint = dict(script=SCRIPT, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
                           args=to_plain(self.given), before=self.before, step=self.step, best=best,
                           model=self.agent.state_dict(), optimizer=self.learner.optimizer.state_dict(),
                           episodes=self.episodes.saved())
@@ -961,8 +931,7 @@ class Validation(ActorPool):
 
 
 def load_checkpoint(path, script):
-    """Reads what `Run.save` wrote to this file or folder (script None: any script's), executing nothing of it. Raises
-    ValueError if it is not that."""
+    """Reads what `Run.save` wrote to this file or folder, executing nothing of it; with script None, any script's."""
     path = path if path.is_file() else path / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -1037,7 +1006,7 @@ def make_folder(args):
             folder = folder.with_name(folder.name + "+")  # of a run that began in the same second as another
     if RANK == 0:
         lock(folder)
-        copy = folder / Path(__file__).name  # of this script as it trains; after a change, of the newest
+        copy = folder / SCRIPT  # of this script as it trains; after a change, of the newest
         try:
             if copy.is_file() and copy.read_text(encoding="utf-8") != SOURCE:
                 say(f"{copy.name} has changed since it trained {folder}; the run continues with it as it is now")
@@ -1073,7 +1042,6 @@ class Logger:
         self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
         if run.args.track:
             import wandb
-
             name = run.folder.resolve().name
             os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds that SIGKILL may cost
             try:
@@ -1083,20 +1051,19 @@ class Logger:
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)  # drops what lies past the checkpoint
         if run.step == 0:
-            rows = "".join(f"|{name}|{value}|\n" for name, value in to_plain(run.args).items())
-            self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
-        self.begin_interval(run)
+            self.writer.add_text("arguments", "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items()))
+        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates since then
 
-    def begin_interval(self, run):
-        self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates
-
-    def write(self, run, counts):
-        """Logs the interval. Returns the mean return of the validation, normalized where it can be, over the last 100
-        episodes of each game, or None if there are not as many."""
-        sps = (run.step - self.step) / (time.monotonic() - self.time)
-        updates = self.sums.pop("updates")
+    def write(self, run):
+        """Logs the updates since the last entry. Returns the mean return of the validation over the last 100 episodes
+        of each game, normalized where it can be; minus infinity if there are not as many."""
+        now, updates = time.monotonic(), self.sums.pop("updates")
+        sps = (run.step - self.step) / (now - self.time)
         scalars = {name: value / updates for name, value in self.sums.items()}
-        scalars |= counts | dict(learning_rate=run.learning_rate, SPS=sps) | mean_scalars(run.pool)
+        self.time, self.step, self.sums = now, run.step, Counter()
+        diverged = sum(int(actor.num_diverged) for actor in run.pool.actors)
+        counts = dict(skipped_updates=run.skipped, reset_states=diverged)
+        scalars |= counts | dict(learning_rate=run.learner.learning_rate.item(), SPS=sps) | mean_scalars(run.pool)
         valid = mean_scalars(run.validation) if run.validation else {}
         kinds = ("normalized_return/mean", "return/mean")
         mean_name, valid_name = (next((name for name in kinds if name in found), None) for found in (scalars, valid))
@@ -1121,13 +1088,11 @@ class Logger:
         returns += f", validation {valid[valid_name]:.3f}" if valid_name else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
-        self.begin_interval(run)
-        return valid[valid_name] if valid_name and run.validation.episodes.full() else None
+        return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
 
     def close(self):
         if terminal["passing"]:
-            terminal["passing"] = False
-            say("")
+            say("")  # an error has a line of its own
         with contextlib.suppress(OSError):
             self.writer.close()
         if self.wandb:
@@ -1139,16 +1104,10 @@ def say(text, file=None, passing=False):
     pipe, a full disk, a print that a signal interrupted) is dropped."""
     file = file or sys.stdout
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        if passing and file.isatty():
-            width = max(1, shutil.get_terminal_size().columns - 1)
-            print("\r" + text[:width].ljust(width), end="", file=file, flush=True)
-            terminal["passing"] = True
-        else:
-            print("\n" * terminal["passing"] + text, file=file, flush=True)
-            terminal["passing"] = False
-
-
-terminal = dict(passing=False)  # whether the next line replaces its last one
+        passing, width = passing and file.isatty(), shutil.get_terminal_size().columns - 1
+        line = "\r" + text[:width].ljust(width) if passing else "\n" * terminal["passing"] + text
+        print(line, end="" if passing else "\n", file=file, flush=True)
+        terminal["passing"] = passing
 
 
 if sys.version_info < (3, 13):
@@ -1158,16 +1117,12 @@ if sys.version_info < (3, 13):
     from procgen import ProcgenGym3Env
 else:  # for which there is no procgen, but its engine, unchanged, in another package
     import procgen_gym
-    from procgen_gym.env import DISTRIBUTION_MODE_DICT
-    from procgen_gym.libenv import CLibenv
 
-    class ProcgenGym3Env(CLibenv):
-        """What is needed here of procgen's class of this name."""
-
+    class ProcgenGym3Env(procgen_gym.libenv.CLibenv):  # what is needed here of procgen's class of this name
         def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
             data = Path(procgen_gym.__file__).parent / "data"
             options = dict(center_agent=True, use_backgrounds=True) | options | dict(
-                env_name=env_name, distribution_mode=DISTRIBUTION_MODE_DICT[distribution_mode],
+                env_name=env_name, distribution_mode=procgen_gym.env.DISTRIBUTION_MODE_DICT[distribution_mode],
                 render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/")
             super().__init__(str(data / "prebuilt"), num, options)
 
@@ -1229,8 +1184,7 @@ def synchronize():
 
 def take_turns(actors, pool):
     """Plays a thread's actors by turns until the pool is closed: while some infer, the environments of others move.
-    An actor's calls of `advance` alternate: one begins to infer, the next takes the action and moves the environments.
-    """
+    Of an actor's calls of `advance`, one begins to infer, the next takes the action and moves the environments."""
     def unrolls(actor):
         while (unroll := pool.free.get()) is not None:
             yield from actor.play(unroll)
@@ -1341,11 +1295,11 @@ class Stop(threading.Event):
         if not self.training:
             say("stopped before training began: there is nothing to save")
             os._exit(0)
-        answer_signals(signal.SIG_IGN)
+        answer_signals([signal.SIG_IGN, signal.SIG_IGN])
         self.set()
         say(f"{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
         time.sleep(0.1)  # a signal may arrive twice: at the process, and at its group
-        answer_signals(signal.SIG_DFL)
+        answer_signals([signal.SIG_DFL, signal.SIG_DFL])
 
     def now(self):
         """Whether to stop at once, as only a process alone may: several stop after the same update."""
@@ -1361,10 +1315,10 @@ class Stop(threading.Event):
         return told.item() > 0
 
 
-def answer_signals(handler):
-    """Sets the handler of SIGINT and SIGTERM, and returns those before. Only the main thread may; others do nothing."""
+def answer_signals(handlers):
+    """Sets the handlers of SIGINT and SIGTERM. Returns those before. Only the main thread may; others do nothing."""
     if threading.current_thread() is threading.main_thread():
-        return [signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)]
+        return [signal.signal(*pair) for pair in zip((signal.SIGINT, signal.SIGTERM), handlers)]
 
 
 def check_actors(pool):
@@ -1372,8 +1326,7 @@ def check_actors(pool):
     if pool.error is not None:
         raise pool.error
     for actor in pool.actors:
-        since = actor.waiting_since
-        if since is not None and time.monotonic() - since > STUCK_AFTER:
+        if (since := actor.waiting_since) and time.monotonic() - since > STUCK_AFTER:
             time.sleep(1)  # after Ctrl-Z, or a laptop's sleep, they answer now
             if actor.waiting_since == since:
                 raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
@@ -1385,7 +1338,7 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # what the terminal's character set lacks becomes a question mark
     stop = Stop()
-    answered = answer_signals(stop.hear)
+    before = answer_signals([stop.hear, stop.hear])
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
@@ -1398,21 +1351,20 @@ def main():
         except BrokenPipeError:  # of --help | head
             os._exit(0)
         except (ValueError, OSError) as error:  # not from training, where these would be bugs
-            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+            print(f"{SCRIPT}: error: {error}", file=sys.stderr)
             sys.exit(2)
         train(run, stop)
     except (FloatingPointError, TimeoutError) as error:
-        sys.exit(f"{Path(__file__).name}: stopped, the last checkpoint is kept: {error}")
+        sys.exit(f"{SCRIPT}: stopped, the last checkpoint is kept: {error}")
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        sys.exit(f"{Path(__file__).name}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or "
-                 f"--batch-size (learner): {str(error).splitlines()[0]}")
+        sys.exit(f"{SCRIPT}: too little memory; lower --num-envs or --num-actors (unrolls, inference) or --batch-size "
+                 f"(learner): {str(error).splitlines()[0]}")
     finally:  # for other programs that call this, or a notebook
         while locks:
             locks.popitem()[1].close()
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), answered or ()):
-            signal.signal(number, handler)
+        answer_signals(before)
 
 
 if __name__ == "__main__":

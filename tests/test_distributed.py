@@ -49,7 +49,7 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
         assert all(torch.equal(weights[name], new_weights[name]) for name in weights)
         assert all(torch.equal(averages[n]["square_avg"], new_averages[n]["square_avg"]) for n in averages)
 
-    args = script.Args(cuda=False, bf16=torch_bf16(), unroll_length=5, batch_size=8)
+    args, _ = script.resolve_args(script.Args(cuda=False, unroll_length=5, batch_size=8))  # as to bfloat16
     agent = script.Agent(args)
     learner = script.Learner(agent, args)
     agent.load_state_dict(first["before"])
@@ -87,12 +87,6 @@ def test_parameters_that_no_process_or_only_one_uses_train_with_the_rest(tmp_pat
     first, second = (torch.load(tmp_path / f"process{rank}.pt", weights_only=False)["last"] for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(first["unused"], torch.ones(3)) and not torch.equal(first["used_by_one"], torch.ones(15))
-
-
-def torch_bf16():
-    args = script.Args(cuda=False)
-    script.check_device(args)
-    return args.bf16
 
 
 def workers(launcher):

@@ -96,7 +96,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 import time, impala_procgen_srwm as script
 stop = script.Stop()
 stop.training = True
-script.answer_signals(stop.hear)
+script.answer_signals([stop.hear, stop.hear])
 print("ready", flush=True)
 stop.wait()
 print("stopping", flush=True)

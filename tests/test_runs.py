@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import pty
 import signal
@@ -167,7 +168,7 @@ def validation(monkeypatch):
 
     def planted(*arguments):
         write(*arguments)
-        return values.pop(0) if values else None
+        return values.pop(0) if values else -math.inf
 
     monkeypatch.setattr(script.Logger, "write", planted)
     return values
@@ -307,7 +308,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(train, command, refused, 
     (run / "lock").unlink()
     (run / "lock").mkdir()  # for root, too, nothing to write to
     capsys.readouterr()
-    refused(lambda: command(script, "--resume", run, "--total-steps", 40), "the run's folder cannot be written to", "lock")
+    refused(lambda: command(script, "--resume", run, "--total-steps", 40), "Is a directory", f"{run}/lock")
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     (tmp_path / "runs").touch()
     refused(lambda: command(script, *TINY), "runs")

@@ -247,7 +247,8 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
             for x, old in zip(weights + averages, first):
                 x.copy_(old)
         learner.batch.state[1][2, 0, 0, 0] = float("inf")
-        assert not all(map(math.isfinite, learner.update(1e-3).values()))
+        statistics, finite = learner.update(1e-3)
+        assert not finite and not all(map(math.isfinite, statistics.values()))
         assert all(torch.equal(*pair) for pair in zip(weights + averages, first))
         learner.batch.state[1][2, 0, 0, 0] = unroll.state[1][2, 0, 0, 0]
         learner.update(1e-3)
@@ -287,7 +288,7 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
     gradients = [parameter.grad.clone() for parameter in learner.agent.parameters()]
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     before = [parameter.detach().clone() for parameter in learner.agent.parameters()]
-    statistics = learner.update(0.25)
+    statistics, _ = learner.update(0.25)
     assert statistics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
     for old, new, gradient in zip(before, learner.agent.parameters(), gradients):
         clipped = gradient * 1e-3 / norm
@@ -527,10 +528,10 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
         for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
             mine.copy_(theirs)
         exact = [parameter.detach().clone() for parameter in learner.agent.parameters()]
-        statistics = learner.update(6e-4)
+        statistics, finite = learner.update(6e-4)
     assert all((part.abs().max() > 0) == carry_state for part in unroll.state)
     assert unroll.action.unique().numel() == 15
-    assert statistics["vtrace/mean_rho"] > 0.99 and statistics["loss/entropy"] > 2.5
+    assert finite and statistics["vtrace/mean_rho"] > 0.99 and statistics["loss/entropy"] > 2.5
     assert all(not torch.equal(old, new) for old, new in zip(exact, learner.agent.parameters()))
 
 
