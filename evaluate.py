@@ -307,8 +307,10 @@ class Policy:
         for old, new in zip(self.state, state):
             old.copy_(new)
         if self.greedy:
-            return logits[0].argmax(-1)
-        return (logits[0].softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+            action = logits[0].argmax(-1)
+        else:
+            action = (logits[0].softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+        self.action.copy_(action.int(), non_blocking=True)
 
     def act(self):
         """Actions (B,) for `frames` and `reward`, as a NumPy array."""
@@ -319,7 +321,7 @@ class Policy:
         self.step += 1
         for on_device, on_host in zip(self.inputs, self.host):
             on_device.copy_(on_host, non_blocking=True)
-        self.action.copy_(self.forward(), non_blocking=True)
+        self.forward()
         self.script.synchronize()
         return self.action.numpy()
 

@@ -1188,20 +1188,14 @@ def lock_pages(owner, tensor):
 
 
 def capture(function, stream, generator=None):
-    """Captures a function without arguments into a CUDA graph. Returns one that replays it, and returns the same
-    tensors each time."""
+    """Captures a function without arguments, whose results are what it writes, into a CUDA graph. Returns a function
+    that replays it."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        outputs = function()
-
-    def replay():
-        graph.replay()
-        return outputs
-
-    return replay
+    with torch.cuda.graph(graph, stream=stream):  # which first waits for the GPU
+        function()
+    return graph.replay
 
 
 @torch.no_grad()
