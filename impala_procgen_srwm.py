@@ -554,7 +554,7 @@ class Learner:
         self.optimizer.step()
 
     def update(self, learning_rate):
-        """One update on all processes' batches, if it is finite. Returns statistics of loss and gradient, and if they are."""
+        """One update on all processes' batches, if all is finite. Returns statistics, and whether it is."""
         self.learning_rate.fill_(learning_rate)
         (self.backward_graph or self.backward)()
         if dist.is_initialized():
