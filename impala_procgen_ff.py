@@ -995,7 +995,7 @@ class Logger:
     """Prints the status line; writes scalars to TensorBoard and, with --track, to Weights & Biases."""
 
     def __init__(self, run):
-        self.folder, self.wandb = run.folder, None
+        self.wandb = None
         self.tracked = run.folder / "wandb_steps.txt"  # steps of its entries, which cannot be taken back
         self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
         if run.args.track:
@@ -1013,8 +1013,8 @@ class Logger:
         self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates since then
 
     def write(self, run):
-        """Logs the updates since the last entry. Returns the mean return of the validation over the last 100 episodes
-        of each game, normalized where it can be; minus infinity if there are not as many."""
+        """Logs the updates since the last entry. Returns the mean return of the validation, normalized where it can be,
+        over the last 100 episodes of each game; minus infinity if there are not as many."""
         now, updates = time.monotonic(), self.sums.pop("updates")
         sps = (run.step - self.step) / (now - self.time)
         scalars = {name: value / updates for name, value in self.sums.items()}
@@ -1039,7 +1039,7 @@ class Logger:
         except OSError as error:  # TensorBoard's writer does not go on after an error
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
-                self.writer = SummaryWriter(self.folder)
+                self.writer = SummaryWriter(run.folder)
         total, kind = run.args.total_steps, (mean_name or "").split("/")[0].replace("_", " ")
         left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
         returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
@@ -1060,9 +1060,8 @@ class Logger:
 def say(text, file=None, passing=False):
     """Prints a line; on a terminal, the next one replaces it if it is passing. A line that cannot be printed (a broken
     pipe, a full disk, a print that a signal interrupted) is dropped."""
-    file = file or sys.stdout
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        passing, width = passing and file.isatty(), shutil.get_terminal_size().columns - 1
+        passing, width = passing and sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
         line = "\r" + text[:width].ljust(width) if passing else "\n" * terminal["passing"] + text
         print(line, end="" if passing else "\n", file=file, flush=True)
         terminal["passing"] = passing
@@ -1128,8 +1127,7 @@ def keep_freed_memory():
 
 
 def record_event():
-    """An event on the calling thread's CUDA stream; without a GPU in use, one that nobody waits for."""
-    # blocking: whoever waits for it leaves the core to the environments
+    """An event on the calling thread's CUDA stream, waiting for which takes no core; without a GPU, nobody waits."""
     event = torch.cuda.Event(blocking=True) if torch.cuda.is_initialized() else torch.cpu.Event()
     event.record()
     return event
