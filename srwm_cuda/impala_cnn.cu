@@ -120,10 +120,11 @@ __device__ inline int in_row(int x, int channel) {
   return (x * GROUPS + (channel / 8 ^ x / (8 / GROUPS) % GROUPS)) * 8 + channel % 8;
 }
 
-// FRAMES images of W x W pixels and C channels in shared memory, each with a border of one pixel of zeros.
-template <int W_, int C_, int FRAMES>
+// FRAMES images of H rows of W pixels and C channels in shared memory, each with a border of one pixel of zeros.
+template <int W_, int C_, int FRAMES_, int H_ = W_>
 struct Images {
-  static constexpr int W = W_, C = C_, ROW = (W + 2) * C, IMAGE = (W + 2) * ROW, SIZE = FRAMES * IMAGE;
+  static constexpr int W = W_, C = C_, FRAMES = FRAMES_, H = H_;
+  static constexpr int ROW = (W + 2) * C, IMAGE = (H + 2) * ROW, SIZE = FRAMES * IMAGE;
 
   static __device__ int at(int frame, int y, int x, int channel) {
     return frame * IMAGE + (y + 1) * ROW + in_row<C>(x + 1, channel);
@@ -135,11 +136,11 @@ struct Images {
   static __device__ void load(bf16* images, const bf16* from, int valid) {
     constexpr int CHUNKS = W * C / 8, ROWS = THREADS / CHUNKS;  // of eight channels, in a row; rows at a time
     const int row = threadIdx.x / CHUNKS, x = threadIdx.x % CHUNKS / (C / 8), group = threadIdx.x % (C / 8) * 8;
-    bf16* to = images + at(row / W, row % W, x, group);
+    bf16* to = images + at(row / H, row % H, x, group);
 #pragma unroll
-    for (int r = 0; r < FRAMES * W; r += ROWS) {
-      const bool copied = FRAMES == 1 || r / W + row / W < valid;
-      copy16_async(to + r / W * IMAGE + r % W * ROW, from + (copied ? (r * CHUNKS + threadIdx.x) * 8 : 0), copied);
+    for (int r = 0; r < FRAMES * H; r += ROWS) {
+      const bool copied = FRAMES == 1 || r / H + row / H < valid;
+      copy16_async(to + r / H * IMAGE + r % H * ROW, from + (copied ? (r * CHUNKS + threadIdx.x) * 8 : 0), copied);
     }
   }
 };
@@ -200,11 +201,10 @@ __device__ void slide(const bf16* in, int y, int x, const Fragments<In::C>& weig
 __device__ inline uint2 packed(float4 v) { return make_uint2(pair_of(v.x, v.y), pair_of(v.z, v.w)); }
 
 // A convolution of whole images by THREADS: store(frame, y, x, channel, four) gets all results by fours.
-template <int W, int IN, int OUT, int FRAMES, int THREADS, bool RELU, typename Store>
-__device__ void convolve(int warp, const bf16* in, const Fragments<IN>& weights, float4 bias, Store store) {
-  typedef Strips<W, FRAMES> S;
-  typedef Images<W, IN, FRAMES> In;
-  constexpr int PARTS = OUT / 16, ROWS = S::NUMBER * PARTS * W / (THREADS / 32);
+template <typename In, int OUT, int THREADS, bool RELU, typename Store>
+__device__ void convolve(int warp, const bf16* in, const Fragments<In::C>& weights, float4 bias, Store store) {
+  typedef Strips<In::W, In::FRAMES> S;
+  constexpr int PARTS = OUT / 16, ROWS = S::NUMBER * PARTS * In::H / (THREADS / 32);
   const int part = warp % PARTS, strip = warp / PARTS % S::NUMBER, y = warp / (PARTS * S::NUMBER) * ROWS;
   const int lane = threadIdx.x % 32, g = lane / 4, channel = part * 16 + lane % 4 * 4;
   slide<In, ROWS, RELU>(in + S::frame(strip, lane % 16) * In::IMAGE, y, S::x(strip, lane % 16), weights, bias,
@@ -460,14 +460,14 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS) section_forward(int N,
         *reinterpret_cast<uint2*>(to + ((frame * W + y) * W + x) * OUT + channel) = v;
     };
     if (i % 2 == 1) {
-      convolve<W, OUT, OUT, FRAMES, THREADS, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<Inner, OUT, THREADS, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2 result = packed(v);
         result = make_uint2(relu(result.x), relu(result.y));
         *reinterpret_cast<uint2*>(h + Inner::at(frame, y, px, channel)) = result;
         write(frame, y, px, channel, result);
       });
     } else {
-      convolve<W, OUT, OUT, FRAMES, THREADS, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<Inner, OUT, THREADS, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2& skipped = *reinterpret_cast<uint2*>(x + Inner::at(frame, y, px, channel));
         v.x += low(skipped.x), v.y += high(skipped.x), v.z += low(skipped.y), v.w += high(skipped.y);
         skipped = packed(v);
@@ -669,8 +669,8 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
       const bf16* skipped = more + buffer * INPUT_SIZE;
       bf16* to = grad_input + (size_t)first * W * W * IN;
       const int valid = N - first;
-      convolve<W, OUT, IN, FRAMES, 32 * WARPS, false>(warp, dy, weights, make_float4(0, 0, 0, 0),
-                                                      [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<Output, IN, 32 * WARPS, false>(warp, dy, weights, make_float4(0, 0, 0, 0),
+                                              [&](int frame, int y, int px, int channel, float4 v) {
         const int at = ((frame * W + y) * W + px) * IN + channel;
         uint2 result = packed(v);
         if (!POOL) {
