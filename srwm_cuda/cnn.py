@@ -35,8 +35,8 @@ def kernels_run_on(device):
 
 
 def _buffers(device):
-    """How many images of a kind a block has room for in the backward pass: two, or on a small GPU one. From compute capability
-    8.0 on, all blocks may have 99 KiB of shared memory."""
+    """How many images of a kind a block has room for in the backward pass: two, or one on a small GPU, such as a GeForce or an
+    A100. Even the smallest blocks from compute capability 8.0 on may have 99 KiB of shared memory."""
     return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 226 * 1024 else 1
 
 

@@ -587,9 +587,9 @@ enum Kind {
 
 // A layer's gradients of its input and of its weights, in one pass over all frames: half of the warps compute the one, half the
 // other. A block keeps its sums over frames until it has seen its last; the blocks' are added later. Of two buffers, one is
-// computed with while the next frames are on their way into the other. With one buffer a block is content with 99 KiB of shared
-// memory, all that GeForce GPUs have: `skipping` is read where it lies, and the largest frames come in two bands of H rows, each
-// an image of its own, but for the unpooled gradient, whose border above and below is what the frame has there.
+// computed with while the next frames are on their way into the other. With one, blocks need no more than the 99 KiB of shared
+// memory that GeForce GPUs have: `skipping` is read where it lies, and the largest frames come in two bands of H rows. A band is
+// an image of its own, but what is unpooled has its neighbours in the frame as border above and below.
 template <int W, int IN, int OUT, int KIND, int FRAMES, int BUFFERS>
 __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer,
                                     const bf16* __restrict__ gradient,         // (N, W, W, OUT), or POOLED: (N, W/2, W/2, OUT)
@@ -609,7 +609,7 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
   extern __shared__ __align__(16) bf16 shared[];
   bf16* inputs = shared;                             // (BUFFERS, Input)
   bf16* gradients = inputs + BUFFERS * Input::SIZE;  // (BUFFERS, Output), or POOLED: (1, Output), what is unpooled
-  bf16* more = gradients + (POOL ? 1 : BUFFERS) * Output::SIZE;  // FIRST, if there are two: (2, FRAMES, W, W, IN), `skipping`
+  bf16* more = gradients + (POOL ? 1 : BUFFERS) * Output::SIZE;  // FIRST with two: (2, FRAMES, W, W, IN), `skipping`
   unsigned char* more_argmax = reinterpret_cast<unsigned char*>(more + POOLED_SIZE);  // POOLED: `gradient` and this, to unpool
 
   auto copy = [&](void* to, const void* from, int bytes, int valid_bytes) {
@@ -635,7 +635,7 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
     }
     commit_copies();
   };
-  // Calls use(buffer, gradients, first image) for all of the block's frames; all threads must come along.
+  // Calls use(buffer, gradients, first image) for all of the block's images; all threads must come along.
   auto for_all = [&](auto use) {
     int buffer = 0;
     for (int first = blockIdx.x * FRAMES; first < images; first += gridDim.x * FRAMES) {
@@ -644,14 +644,14 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
       __syncthreads();
       bf16* dy = gradients + (POOL ? 0 : buffer * Output::SIZE);
       if constexpr (POOL) {
-        constexpr int HALF = W / 2, GROUPS = OUT / 8, BORDER = BANDS == 1 ? 0 : 1, PAIRS = H / 2 + 2 * BORDER;  // of rows
+        constexpr int HALF = W / 2, GROUPS = OUT / 8, BORDER = BANDS > 1, PAIRS = H / 2 + 2 * BORDER;  // of rows
         const int top = first % BANDS * H;
         for (int i = threadIdx.x; i < FRAMES * PAIRS * HALF * GROUPS; i += THREADS) {
           const int group = i % GROUPS * 8, x = i / GROUPS % HALF, y = i / GROUPS / HALF % PAIRS + top / 2 - BORDER;
           const int frame = i / GROUPS / HALF / PAIRS, from = frame * HALF * HALF * OUT;
           unpool<HALF, OUT>(more + from, more_argmax + from, y, x, group, [&](int y, int x, uint4 v) {
             if (BANDS > 1 && (y < top - 1 || y > top + H)) return;
-            if (BANDS > 1 && y < 0) v = make_uint4(0, 0, 0, 0);  // outside, as is row W, which no window reaches
+            if (BANDS > 1 && y < 0) v = make_uint4(0, 0, 0, 0);  // no row of the frame; nor is W, to which unpool gives zeros
             *reinterpret_cast<uint4*>(dy + Output::at(frame, y - top, x, group)) = v;
           });
         }
