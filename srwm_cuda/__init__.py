@@ -114,8 +114,7 @@ def impala_cnn(frames, *parameters):
     Returns:
         (N, 2048), x2 of the third section, its 32 channels of 8 x 8 one after another, differentiable with respect to the
         parameters. The kernels compute it from operands in bfloat16 with sums in float32, in bfloat16. They run on GPUs from
-        compute capability 8.0 whose blocks may have 136 KiB of shared memory (A100, H100 and newer of their kind), on float32
-        parameters; elsewhere `reference.impala_cnn` computes it.
+        compute capability 8.0, on float32 parameters; elsewhere `reference.impala_cnn` computes it.
 
     Raises:
         ValueError: a shape, dtype or device other than these.

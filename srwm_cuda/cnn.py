@@ -30,15 +30,14 @@ def is_impala_cnn(function, parameters):
 @functools.cache
 def kernels_run_on(device):
     """Whether that GPU can run the kernels, and they compile."""
-    architecture, buffers = kernels.architecture_of(device), _buffers(device)
-    kernel = f"layer_backward<32, 16, 16, FIRST, 1, {buffers}>"
-    return architecture >= 80 and buffers > 0 and kernels.can_compile("impala_cnn.cu", kernel, architecture)
+    architecture, kernel = kernels.architecture_of(device), f"layer_backward<32, 16, 16, FIRST, 1, {_buffers(device)}>"
+    return architecture >= 80 and kernels.can_compile("impala_cnn.cu", kernel, architecture)
 
 
 def _buffers(device):
-    """How many images of a kind a block of the backward pass has room for: two, one, or none."""
-    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
-    return 2 if available >= 226 else 1 if available >= 136 else 0
+    """How many images of a kind a block has room for in the backward pass: two, or one on a small GPU, such as a GeForce or an
+    A100. Even the smallest blocks from compute capability 8.0 on may have 99 KiB of shared memory."""
+    return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 226 * 1024 else 1
 
 
 class ImpalaCNN(torch.autograd.Function):
@@ -53,15 +52,16 @@ class ImpalaCNN(torch.autograd.Function):
         packed = FRAGMENTS if store else FRAGMENTS // 2  # the second half is for the backward pass
         _launch("pack", -(-packed // 256), 256, 0, flat, fragments)
         saved = [fragments]
-        few = N <= torch.cuda.get_device_properties(frames.device).multi_processor_count  # then a block has one to itself
-        threads = 512 if few else 256
+        small = _buffers(frames.device) == 1
+        few = N <= torch.cuda.get_device_properties(frames.device).multi_processor_count
+        threads = 512 if small or few else 256  # a block that has a multiprocessor to itself is larger
         for section, (W, C) in enumerate(SECTIONS):
             output, inner, argmax = frames.new_empty(N, W, W, C, dtype=torch.bfloat16), None, None
             if store:
                 inner, argmax = output.new_empty(4, N, W, W, C), frames.new_empty(N, W, W, C)
-            at_once = (1, 2, 4)[section] if N >= MANY else (1, 1, 2)[section]
+            at_once = (1, 2, 2 if small else 4)[section] if N >= MANY else (1, 1, 2)[section]
             images = at_once * (W + 2) ** 2 * C  # and then, in turn, the first convolution's input and band, images and weights
-            first = (66 * 68 * 4 + 18 * 64 * 16, 34 * 34 * 16 + 10 * 32 * 32, 2 * (18 * 18 * 32 + 18 * 16 * 32))[section]
+            first = (66 * 68 * 4 + 10 * 64 * 16, 34 * 34 * 16 + 10 * 32 * 32, 2 * (18 * 18 * 32 + 18 * 16 * 32))[section]
             shared_bytes = 2 * (images + max(first, images + 9 * C * C))
             _launch(f"section_forward<{section}, {at_once}, {threads}>", -(-N // at_once), threads, shared_bytes,
                     N, x, flat, fragments, output, inner, argmax)
@@ -83,8 +83,9 @@ class ImpalaCNN(torch.autograd.Function):
         def layer_backward(kind, layer, at_once, gradient, argmax, input, skipping=None):
             (inputs, outputs), W = LAYERS[layer], input.shape[1]
             grad_input, pooled = torch.empty_like(input), kind == "POOLED"
-            values = at_once * (W + 2) ** 2 * ((1 if pooled else buffers) * outputs + buffers * inputs)
-            more = 3 * W * W // 4 * outputs if pooled else 2 * buffers * W * W * inputs if kind == "FIRST" else 0  # bytes
+            H = 16 if pooled and W == 32 and buffers == 1 else W  # rows of an image: of a band, or of the whole frame
+            values = at_once * (H + 2) * (W + 2) * ((1 if pooled else buffers) * outputs + buffers * inputs)
+            more = {"FIRST": (buffers - 1) * 4 * W * W * inputs, "SECOND": 0, "POOLED": 3 * W * W // 4 * outputs}[kind]  # bytes
             kernel = f"layer_backward<{W}, {inputs}, {outputs}, {kind}, {at_once}, {buffers}>"
             _launch(kernel, blocks, 512, max(2 * values + at_once * more, 8 * 2320 * 4),  # at the end, eight warps' sums
                     N, layer, gradient, argmax, input, skipping, fragments, grad_input, partial)

@@ -120,10 +120,11 @@ __device__ inline int in_row(int x, int channel) {
   return (x * GROUPS + (channel / 8 ^ x / (8 / GROUPS) % GROUPS)) * 8 + channel % 8;
 }
 
-// FRAMES images of W x W pixels and C channels in shared memory, each with a border of one pixel of zeros.
-template <int W_, int C_, int FRAMES>
+// FRAMES images of H rows of W pixels and C channels in shared memory, each with a border of one pixel of zeros.
+template <int W_, int C_, int FRAMES_, int H_ = W_>
 struct Images {
-  static constexpr int W = W_, C = C_, ROW = (W + 2) * C, IMAGE = (W + 2) * ROW, SIZE = FRAMES * IMAGE;
+  static constexpr int W = W_, C = C_, FRAMES = FRAMES_, H = H_;
+  static constexpr int ROW = (W + 2) * C, IMAGE = (H + 2) * ROW, SIZE = FRAMES * IMAGE;
 
   static __device__ int at(int frame, int y, int x, int channel) {
     return frame * IMAGE + (y + 1) * ROW + in_row<C>(x + 1, channel);
@@ -135,11 +136,11 @@ struct Images {
   static __device__ void load(bf16* images, const bf16* from, int valid) {
     constexpr int CHUNKS = W * C / 8, ROWS = THREADS / CHUNKS;  // of eight channels, in a row; rows at a time
     const int row = threadIdx.x / CHUNKS, x = threadIdx.x % CHUNKS / (C / 8), group = threadIdx.x % (C / 8) * 8;
-    bf16* to = images + at(row / W, row % W, x, group);
+    bf16* to = images + at(row / H, row % H, x, group);
 #pragma unroll
-    for (int r = 0; r < FRAMES * W; r += ROWS) {
-      const bool copied = FRAMES == 1 || r / W + row / W < valid;
-      copy16_async(to + r / W * IMAGE + r % W * ROW, from + (copied ? (r * CHUNKS + threadIdx.x) * 8 : 0), copied);
+    for (int r = 0; r < FRAMES * H; r += ROWS) {
+      const bool copied = FRAMES == 1 || r / H + row / H < valid;
+      copy16_async(to + r / H * IMAGE + r % H * ROW, from + (copied ? (r * CHUNKS + threadIdx.x) * 8 : 0), copied);
     }
   }
 };
@@ -200,11 +201,10 @@ __device__ void slide(const bf16* in, int y, int x, const Fragments<In::C>& weig
 __device__ inline uint2 packed(float4 v) { return make_uint2(pair_of(v.x, v.y), pair_of(v.z, v.w)); }
 
 // A convolution of whole images by THREADS: store(frame, y, x, channel, four) gets all results by fours.
-template <int W, int IN, int OUT, int FRAMES, int THREADS, bool RELU, typename Store>
-__device__ void convolve(int warp, const bf16* in, const Fragments<IN>& weights, float4 bias, Store store) {
-  typedef Strips<W, FRAMES> S;
-  typedef Images<W, IN, FRAMES> In;
-  constexpr int PARTS = OUT / 16, ROWS = S::NUMBER * PARTS * W / (THREADS / 32);
+template <typename In, int OUT, int THREADS, bool RELU, typename Store>
+__device__ void convolve(int warp, const bf16* in, const Fragments<In::C>& weights, float4 bias, Store store) {
+  typedef Strips<In::W, In::FRAMES> S;
+  constexpr int PARTS = OUT / 16, ROWS = S::NUMBER * PARTS * In::H / (THREADS / 32);
   const int part = warp % PARTS, strip = warp / PARTS % S::NUMBER, y = warp / (PARTS * S::NUMBER) * ROWS;
   const int lane = threadIdx.x % 32, g = lane / 4, channel = part * 16 + lane % 4 * 4;
   slide<In, ROWS, RELU>(in + S::frame(strip, lane % 16) * In::IMAGE, y, S::x(strip, lane % 16), weights, bias,
@@ -256,7 +256,7 @@ struct Section {
   static constexpr int LAYER = 5 * SECTION, SIZE = 64 >> SECTION, W = SIZE / 2;
   static constexpr int IN = SECTION == 0 ? 4 : inputs_of(LAYER), OUT = outputs_of(LAYER);
   static constexpr int AT_ONCE = SECTION == 2 ? 2 : 1;  // frames whose first convolution is computed together
-  static constexpr int BAND = SECTION == 1 ? 8 : 16;    // rows of it that are computed before they are pooled
+  static constexpr int BAND = SECTION == 2 ? 16 : 8;    // rows of it that are computed before they are pooled
 };
 
 // Frames in shared memory: rows of 68 pixels of four channels, of which the last is 0, with a border of zeros.
@@ -460,14 +460,14 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS) section_forward(int N,
         *reinterpret_cast<uint2*>(to + ((frame * W + y) * W + x) * OUT + channel) = v;
     };
     if (i % 2 == 1) {
-      convolve<W, OUT, OUT, FRAMES, THREADS, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<Inner, OUT, THREADS, true>(warp, x, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2 result = packed(v);
         result = make_uint2(relu(result.x), relu(result.y));
         *reinterpret_cast<uint2*>(h + Inner::at(frame, y, px, channel)) = result;
         write(frame, y, px, channel, result);
       });
     } else {
-      convolve<W, OUT, OUT, FRAMES, THREADS, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
+      convolve<Inner, OUT, THREADS, false>(warp, h, weights, bias, [&](int frame, int y, int px, int channel, float4 v) {
         uint2& skipped = *reinterpret_cast<uint2*>(x + Inner::at(frame, y, px, channel));
         v.x += low(skipped.x), v.y += high(skipped.x), v.z += low(skipped.y), v.w += high(skipped.y);
         skipped = packed(v);
@@ -488,7 +488,7 @@ __device__ void unpool(const bf16* gradient, const unsigned char* argmax, int y,
 #pragma unroll
   for (int window = 0; window < 4; ++window) {
     const int i = window / 2, j = window % 2;
-    if (y + i >= W || x + j >= W) continue;
+    if (y + i < 0 || y + i >= W || x + j >= W) continue;
     const int at = ((y + i) * W + x + j) * OUT + group;
     const uint4 four = *reinterpret_cast<const uint4*>(gradient + at);
     const uint2 places = *reinterpret_cast<const uint2*>(argmax + at);
@@ -587,7 +587,9 @@ enum Kind {
 
 // A layer's gradients of its input and of its weights, in one pass over all frames: half of the warps compute the one, half the
 // other. A block keeps its sums over frames until it has seen its last; the blocks' are added later. Of two buffers, one is
-// computed with while the next frames are on their way into the other; GPUs with less shared memory have one.
+// computed with while the next frames are on their way into the other. With one, blocks need no more than the 99 KiB of shared
+// memory that GeForce GPUs have: `skipping` is read where it lies, and the largest frames come in two bands of H rows. A band is
+// an image of its own, but what is unpooled has its neighbours in the frame as border above and below.
 template <int W, int IN, int OUT, int KIND, int FRAMES, int BUFFERS>
 __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer,
                                     const bf16* __restrict__ gradient,         // (N, W, W, OUT), or POOLED: (N, W/2, W/2, OUT)
@@ -598,14 +600,16 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
                                     bf16* __restrict__ grad_input,             // (N, W, W, IN)
                                     float* __restrict__ partial)               // (blocks, parameters of all layers)
 {
-  typedef Images<W, IN, FRAMES> Input;
-  typedef Images<W, OUT, FRAMES> Output;
   constexpr bool POOL = KIND == POOLED;
+  constexpr int BANDS = POOL && W == 32 && BUFFERS == 1 ? 2 : 1, H = W / BANDS;
+  typedef Images<W, IN, FRAMES, H> Input;
+  typedef Images<W, OUT, FRAMES, H> Output;
   constexpr int THREADS = 64 * WARPS, POOLED_SIZE = FRAMES * W * W / 4 * OUT, INPUT_SIZE = FRAMES * W * W * IN;
+  const int images = N * BANDS;
   extern __shared__ __align__(16) bf16 shared[];
   bf16* inputs = shared;                             // (BUFFERS, Input)
   bf16* gradients = inputs + BUFFERS * Input::SIZE;  // (BUFFERS, Output), or POOLED: (1, Output), what is unpooled
-  bf16* more = gradients + (POOL ? 1 : BUFFERS) * Output::SIZE;  // FIRST: (BUFFERS, FRAMES, W, W, IN), `skipping`
+  bf16* more = gradients + (POOL ? 1 : BUFFERS) * Output::SIZE;  // FIRST with two: (2, FRAMES, W, W, IN), `skipping`
   unsigned char* more_argmax = reinterpret_cast<unsigned char*>(more + POOLED_SIZE);  // POOLED: `gradient` and this, to unpool
 
   auto copy = [&](void* to, const void* from, int bytes, int valid_bytes) {
@@ -615,35 +619,40 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
     }
   };
   auto fetch = [&](int first, int buffer) {
-    if (first < N) {
-      const int valid = min(FRAMES, N - first);
-      const size_t base = (size_t)first * W * W;
+    if (first < images) {
+      const int valid = min(FRAMES, images - first);
+      const size_t base = (size_t)first * H * W;
       Input::template load<THREADS>(inputs + buffer * Input::SIZE, input + base * IN, valid);
       if constexpr (POOL) {
-        copy(more, gradient + base / 4 * OUT, POOLED_SIZE * 2, valid * W * W / 4 * OUT * 2);
-        copy(more_argmax, argmax + base / 4 * OUT, POOLED_SIZE, valid * W * W / 4 * OUT);
+        const size_t pooled = (size_t)(first / BANDS) * W * W / 4 * OUT;
+        copy(more, gradient + pooled, POOLED_SIZE * 2, valid * W * W / 4 * OUT * 2);
+        copy(more_argmax, argmax + pooled, POOLED_SIZE, valid * W * W / 4 * OUT);
       } else {
         Output::template load<THREADS>(gradients + buffer * Output::SIZE, gradient + base * OUT, valid);
-        if (KIND == FIRST) copy(more + buffer * INPUT_SIZE, skipping + base * IN, INPUT_SIZE * 2, valid * W * W * IN * 2);
+        if (KIND == FIRST && BUFFERS == 2)
+          copy(more + buffer * INPUT_SIZE, skipping + base * IN, INPUT_SIZE * 2, valid * W * W * IN * 2);
       }
     }
     commit_copies();
   };
-  // Calls use(buffer, gradients, first frame) for all of the block's frames; all threads must come along.
+  // Calls use(buffer, gradients, first image) for all of the block's images; all threads must come along.
   auto for_all = [&](auto use) {
     int buffer = 0;
-    for (int first = blockIdx.x * FRAMES; first < N; first += gridDim.x * FRAMES) {
+    for (int first = blockIdx.x * FRAMES; first < images; first += gridDim.x * FRAMES) {
       const int next = first + gridDim.x * FRAMES;
       wait_for_copies<0>();
       __syncthreads();
       bf16* dy = gradients + (POOL ? 0 : buffer * Output::SIZE);
       if constexpr (POOL) {
-        constexpr int HALF = W / 2, GROUPS = OUT / 8;
-        for (int i = threadIdx.x; i < POOLED_SIZE / 8; i += THREADS) {
-          const int group = i % GROUPS * 8, x = i / GROUPS % HALF, y = i / GROUPS / HALF % HALF;
-          const int frame = i / GROUPS / HALF / HALF, from = frame * HALF * HALF * OUT;
+        constexpr int HALF = W / 2, GROUPS = OUT / 8, BORDER = BANDS > 1, PAIRS = H / 2 + 2 * BORDER;  // of rows
+        const int top = first % BANDS * H;
+        for (int i = threadIdx.x; i < FRAMES * PAIRS * HALF * GROUPS; i += THREADS) {
+          const int group = i % GROUPS * 8, x = i / GROUPS % HALF, y = i / GROUPS / HALF % PAIRS + top / 2 - BORDER;
+          const int frame = i / GROUPS / HALF / PAIRS, from = frame * HALF * HALF * OUT;
           unpool<HALF, OUT>(more + from, more_argmax + from, y, x, group, [&](int y, int x, uint4 v) {
-            *reinterpret_cast<uint4*>(dy + Output::at(frame, y, x, group)) = v;
+            if (BANDS > 1 && (y < top - 1 || y > top + H)) return;
+            if (BANDS > 1 && y < 0) v = make_uint4(0, 0, 0, 0);  // no row of the frame; nor is W, to which unpool gives zeros
+            *reinterpret_cast<uint4*>(dy + Output::at(frame, y - top, x, group)) = v;
           });
         }
         __syncthreads();
@@ -666,12 +675,13 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
     weights.load(fragments + fragments_before(LAYERS) + fragments_before(layer), warp % (IN / 16));
     for_all([&](int buffer, const bf16* dy, int first) {
       const bf16* x = inputs + buffer * Input::SIZE;
-      const bf16* skipped = more + buffer * INPUT_SIZE;
-      bf16* to = grad_input + (size_t)first * W * W * IN;
-      const int valid = N - first;
-      convolve<W, OUT, IN, FRAMES, 32 * WARPS, false>(warp, dy, weights, make_float4(0, 0, 0, 0),
-                                                      [&](int frame, int y, int px, int channel, float4 v) {
-        const int at = ((frame * W + y) * W + px) * IN + channel;
+      const bf16* skipped = BUFFERS == 2 ? more + buffer * INPUT_SIZE : skipping + (size_t)first * H * W * IN;
+      bf16* to = grad_input + (size_t)first * H * W * IN;
+      const int valid = images - first;
+      convolve<Output, IN, 32 * WARPS, false>(warp, dy, weights, make_float4(0, 0, 0, 0),
+                                              [&](int frame, int y, int px, int channel, float4 v) {
+        if (FRAMES > 1 && frame >= valid) return;
+        const int at = ((frame * H + y) * W + px) * IN + channel;
         uint2 result = packed(v);
         if (!POOL) {
           const uint2 mask = *reinterpret_cast<const uint2*>(x + Input::at(frame, y, px, channel));
@@ -681,12 +691,12 @@ __global__ void __launch_bounds__(64 * WARPS, 1) layer_backward(int N, int layer
           const uint2 more = *reinterpret_cast<const uint2*>(skipped + at);
           result.x = sum_of(result.x, more.x), result.y = sum_of(result.y, more.y);
         }
-        if (FRAMES == 1 || frame < valid) *reinterpret_cast<uint2*>(to + at) = result;
+        *reinterpret_cast<uint2*>(to + at) = result;
       });
     });
   } else {
     typedef Strips<W, FRAMES> S;
-    constexpr int PARTS = IN / 16 * (OUT / 16), ROWS = S::NUMBER * PARTS * W / WARPS;
+    constexpr int PARTS = IN / 16 * (OUT / 16), ROWS = S::NUMBER * PARTS * H / WARPS;
     const int my = warp - WARPS, in = my % (IN / 16), out = my / (IN / 16) % (OUT / 16);
     const int strip = my / PARTS % S::NUMBER, frame = S::frame(strip, lane % 16), x = S::x(strip, lane % 16);
     const int y = my / (PARTS * S::NUMBER) * ROWS;

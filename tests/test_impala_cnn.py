@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import pytest
 import torch
@@ -91,24 +92,45 @@ def test_wrong_arguments_are_refused_by_name(broken, message):
         srwm_cuda.impala_cnn(*broken(noise(2), parameters()))
 
 
-KERNELS = ["pack", "frames_backward", *(f"section_forward<{section}, {frames}, {threads}>" for section, frames, threads in (
-               (0, 1, 256), (1, 1, 256), (1, 2, 256), (2, 2, 256), (2, 4, 256), (0, 1, 512), (1, 1, 512), (2, 2, 512))),
-            "layer_backward<32, 16, 16, FIRST, 1, 1>",
-           "layer_backward<32, 16, 16, SECOND, 1, 1>", "layer_backward<32, 16, 32, POOLED, 1, 1>",
-           "layer_backward<16, 32, 32, FIRST, 2, 1>", "layer_backward<16, 32, 32, SECOND, 2, 1>",
-           "layer_backward<16, 32, 32, POOLED, 2, 1>", "layer_backward<8, 32, 32, FIRST, 4, 1>",
-           "layer_backward<8, 32, 32, SECOND, 4, 1>"]
+def launches(shared_memory, monkeypatch):
+    """The kernels launched on a GPU whose blocks may have so many KiB of shared memory, for few frames and for many, each
+    with the bytes that its blocks ask for."""
+    asked, gpu = {}, types.SimpleNamespace(multi_processor_count=100, shared_memory_per_block_optin=shared_memory * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(cnn, "_launch", lambda kernel, blocks, threads, shared, *arguments: asked.update({kernel: shared}))
+    for N in (gpu.multi_processor_count, gpu.multi_processor_count + 1, cnn.MANY):
+        leaves = [parameter.to("meta").requires_grad_() for parameter in parameters()]
+        cnn.ImpalaCNN.apply(torch.empty(N, 64, 64, 3, dtype=torch.uint8, device="meta"), True, *leaves).sum().backward()
+    return asked
 
 
-@pytest.mark.parametrize("architecture, names", [
-    (80, KERNELS), (90, ["section_forward<2, 4, 256>", "layer_backward<16, 32, 32, POOLED, 2, 2>"])])
-def test_every_kernel_of_the_cnn_compiles(nvrtc, architecture, names):  # noqa: F811
-    for kernel in names:
+GEFORCE, A100, H100 = 99, 163, 227  # KiB
+
+
+@pytest.mark.parametrize("shared_memory", [GEFORCE, A100, H100])
+def test_no_block_asks_for_more_shared_memory_than_it_may_have(shared_memory, monkeypatch):
+    asked = launches(shared_memory, monkeypatch)
+    assert {name.split("<")[0] for name in asked} == {"pack", "section_forward", "layer_backward", "frames_backward"}
+    assert max(asked.values()) <= shared_memory * 1024
+
+
+@pytest.mark.parametrize("architecture, shared_memory", [(80, GEFORCE), (90, H100)])
+def test_every_kernel_of_the_cnn_compiles(nvrtc, architecture, shared_memory, monkeypatch):  # noqa: F811
+    for kernel in launches(shared_memory, monkeypatch):
         name, cubin = kernels.compiled("impala_cnn.cu", kernel, architecture)
         assert kernel.split("<")[0].encode() in name and cubin.startswith(b"\x7fELF")
 
 
 # On a GPU.
+
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch):
+    """Launches are those for a small GPU, and those for a large one if this is one."""
+    buffers = 1 if request.param == "small" else 2
+    if buffers > cnn._buffers("cuda"):
+        pytest.skip("too little shared memory")
+    monkeypatch.setattr(cnn, "_buffers", lambda device: buffers)
+
 
 @functools.cache
 def loss_weights(N, dtype):
@@ -157,10 +179,8 @@ def decided_alike(frames, *leaves):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("buffers", [1, 2])
 @pytest.mark.parametrize("make_frames, N", [(noise, 1), (noise, 7), (engine_frames, 30), (noise, 517)])
-def test_features_and_gradients_are_those_of_float64(make_frames, N, buffers, monkeypatch):
-    monkeypatch.setattr(cnn, "_buffers", lambda device: buffers)
+def test_features_and_gradients_are_those_of_float64(make_frames, N, size):
     frames = make_frames(N).cuda()
     ours = gradients(srwm_cuda.impala_cnn, frames)
     features, *_ = exact = gradients(reference.impala_cnn, frames, torch.float64)
@@ -175,7 +195,7 @@ def test_features_and_gradients_are_those_of_float64(make_frames, N, buffers, mo
 
 
 @pytest.mark.gpu
-def test_a_frame_s_features_are_the_same_bits_in_whatever_batch_and_place():
+def test_a_frame_s_features_are_the_same_bits_in_whatever_batch_and_place(size):
     frames, ps = noise(1037, "cuda"), parameters(device="cuda")
     together = srwm_cuda.impala_cnn(frames, *ps)
     for n in (0, 1, 511, 1036):
@@ -185,7 +205,7 @@ def test_a_frame_s_features_are_the_same_bits_in_whatever_batch_and_place():
 
 
 @pytest.mark.gpu
-def test_two_runs_give_the_same_bits_and_a_graph_the_same_again():
+def test_two_runs_give_the_same_bits_and_a_graph_the_same_again(size):
     frames = noise(130, "cuda")
     first = gradients(srwm_cuda.impala_cnn, frames)
     second = gradients(srwm_cuda.impala_cnn, frames)

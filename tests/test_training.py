@@ -164,6 +164,20 @@ def test_a_resumed_run_goes_on_with_weights_and_episodes(train, command):
     assert all(tuple(after["episodes"][game][0]) == episodes[game][0] for game in episodes)
 
 
+def test_an_actor_takes_the_newest_weights_every_five_steps_and_an_unroll_knows_their_mean_version():
+    actor, learner, unroll, _ = parts(script.Args(**ARGS))
+    policy = learner.agent.policy.requires_grad_(False)
+    policy.weight.zero_()
+    steps = actor.play(unroll)
+    for version in range(1, ARGS["unroll_length"] + 1):  # newer weights come before each step
+        policy.bias[0] = version
+        actor.weights.publish(learner.agent)
+        next(steps), next(steps)
+    assert list(steps) == []
+    assert unroll.logits[:, :, 0].tolist() == [[step - step % 5 + 1] * 6 for step in range(20)]
+    assert unroll.version == np.mean([1, 6, 11, 16])
+
+
 def test_batches_take_every_environment_of_every_unroll_once():
     args = script.Args(**ARGS)
     agent = script.Agent(args)
