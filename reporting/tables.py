@@ -184,8 +184,15 @@ def cell(entry, digits):
     return f"{value}{std} [{low}, {high}]"
 
 
+def labels(models):
+    """What the tables call each model: a number stands for flags that are too many for a column."""
+    long = [model for model in dict.fromkeys(models) if len(model) > 40]
+    return {model: f"{model.split()[0]} ({long.index(model) + 1})" if model in long else model for model in models}
+
+
 def cells(rows):
     """The two tables, per game and aggregated, as lists of lists of strings; the first is the head."""
+    label = labels([row["model"] for row in rows])
     found = {(row["game"], row["measure"], row["model"], row["split"]): row for row in rows}
     columns = [column for column in COLUMNS if any(row["split"] == column for row in rows)]
     games = [["game", "model", "seeds", *columns, "normalized"]]
@@ -197,11 +204,11 @@ def cells(rows):
             continue
         seeds = str(next(row["seeds"] for row in entry.values() if row))
         if game == "all":
-            aggregated.append([measure, model, seeds, *(cell(row, 3) for row in entry.values())])
+            aggregated.append([measure, label[model], seeds, *(cell(row, 3) for row in entry.values())])
         elif measure == "return":
             plain = [found.get((game, "normalized", model, column)) for column in columns]
             normalized = " / ".join("-" if row is None else f"{row['value']:.3f}" for row in plain)
-            games.append([game, model, seeds, *(cell(row, 2) for row in entry.values()), normalized])
+            games.append([game, label[model], seeds, *(cell(row, 2) for row in entry.values()), normalized])
     return games, aggregated
 
 
@@ -212,12 +219,14 @@ def levels(run):
 
 def describe(runs):
     """A line for each run: what was played."""
+    label = labels([run.model for run in runs])
     for run in runs:
+        name = run.model if label[run.model] == run.model else f"{label[run.model]} = {run.model}"
         record = run.records[0]
         actions, precision = "greedy" if record["greedy"] else "sampled", "bfloat16" if record["bf16"] else "float32"
         chosen = ", chosen by validation on levels {} to {}"
         best = chosen.format(*record["validation"]) if record["file"] == "best" else ""
-        yield (f"{run.path}: {run.model}, seed {record['seed']}, {record['step']:,} steps{best}; "
+        yield (f"{run.path}: {name}, seed {record['seed']}, {record['step']:,} steps{best}; "
                f"{record['distribution_mode']}, levels {levels(run)}; {actions} actions, {precision}")
 
 

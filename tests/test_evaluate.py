@@ -378,6 +378,15 @@ def test_models_are_named_by_what_differs_between_runs_of_a_script(changes, name
     assert tables.name_models([ABOUT | change for change in changes]) == names
 
 
+def test_tables_number_models_whose_flags_are_too_many_for_a_column_and_say_once_which_is_which():
+    flags = "--unroll-length 25 --batch-size 64 --entropy-cost 0.002"
+    runs = [SimpleNamespace(**vars(run) | dict(model=model)) for run, model in zip(RUNS, ("srwm", f"srwm {flags}"))]
+    rows = tables.tabulate(runs)
+    for table in (tables.text(runs, rows), tables.markdown(runs, rows)):
+        assert table.count(flags) == 1 and f"srwm (1) = srwm {flags}, seed" in table and table.count("srwm (1)") > 3
+    assert flags in tables.comma_separated(runs, rows)
+
+
 def test_text_and_markdown_say_the_same():
     rows = tables.tabulate(RUNS)
     markdown, text = tables.markdown(RUNS, rows), tables.text(RUNS, rows)
