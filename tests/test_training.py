@@ -500,13 +500,13 @@ def test_a_signal_saves_and_leaves(tmp_path):
 
 
 def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_path):
-    words = "--no-cuda --env maze --num-actors 1 --num-envs 32 --unroll-length 600".split()
+    words = "--no-cuda --env maze --num-actors 1 --num-envs 1 --batch-size 1 --unroll-length 20000".split()
     process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith("runs/")
     while not list(tmp_path.glob("runs/*/events*")):
         time.sleep(0.1)
-    time.sleep(3)  # the first unroll alone takes longer
+    time.sleep(3)  # the first unroll alone takes much longer
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and "checkpoint.pt at step 0" in out, err
