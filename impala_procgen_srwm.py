@@ -839,9 +839,10 @@ class Run:
             self.best, self.lost_best = -math.inf, False  # of the validation; whether best.pt could not be written
             with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
                 self.best = load_checkpoint(self.folder / "best.pt", SCRIPT)["best"]
-            kept = [int(name) for path in self.folder.glob("checkpoint_*.pt") if (name := path.stem[11:]).isdecimal()]
+            names = [path.stem.removeprefix("checkpoint_") for path in self.folder.glob("checkpoint_*.pt")]
+            kept = max([int(name) for name in names if name.isdecimal()], default=0)
             wanted = self.args.save_extra_checkpoint or math.inf
-            self.extra = math.inf if wanted <= min(self.step, max(kept, default=0)) else wanted  # from which step on
+            self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # from which step on
         if NUM_PROCESSES > 1:
             self.launch.join(self.args, self.step)
             for tensor in self.agent.state_dict().values():  # other processors may round initial weights differently
