@@ -432,7 +432,7 @@ class ActorPool:
     def __init__(self, args, episodes, weights, seed, stop, num_unrolls):
         self.args, self.episodes, self.weights, self.seed, self.stop = args, episodes, weights, seed, stop
         self.games, self.closed, self.error, self.turn = list(episodes.recent), False, None, 0  # turn: of which actor
-        self.free, self.full = queue.SimpleQueue(), queue.SimpleQueue()
+        self.free, self.full = queue.Queue(), queue.Queue()  # a SimpleQueue may never time out after a signal
         self.actors = [Actor(i, self) for i in range(args.num_actors)]
         for _ in range(num_unrolls):
             self.free.put(Unroll(self.actors[0].agent, args.unroll_length, args.num_envs))

@@ -1,6 +1,7 @@
 import gc
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +21,27 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
             item.add_marker(pytest.mark.filterwarnings("error:srwm_cuda. the kernels cannot be compiled"))
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test(monkeypatch):
+    """Ends what a test that failed has left running: first as torchrun needs it to end its own processes."""
+    started, begin = [], subprocess.Popen.__init__
+
+    def note(process, *words, **options):
+        begin(process, *words, **options)
+        started.append(process)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", note)
+    yield
+    left = [process for process in started if process.poll() is None]
+    for process in left:
+        process.terminate()
+    for process in left:
+        try:
+            process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @pytest.fixture

@@ -512,6 +512,23 @@ def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_
     assert process.returncode == 0 and "checkpoint.pt at step 0" in out, err
 
 
+def test_a_signal_ends_the_wait_for_an_unroll_even_if_its_handler_outlasts_the_wait():
+    args = script.Args(**ARGS)
+    pool = pool_of(script.Agent(args), args, script.Episodes(["maze", "leaper"]))
+
+    def hear(number, frame):
+        time.sleep(0.6)
+        pool.stop.set()
+
+    before = signal.signal(signal.SIGALRM, hear)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    later = threading.Timer(5, pool.full.put, ["an unroll, too late"])
+    later.start()
+    assert pool.get() is None
+    later.cancel()
+    signal.signal(signal.SIGALRM, before)
+
+
 def test_momentum_can_be_new_in_a_resumed_run(train, command):
     run = train("--total-steps", 40)
     command(script, "--resume", run, "--total-steps", 80, "--momentum", 0.9)
