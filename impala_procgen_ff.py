@@ -13,7 +13,7 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
        '----------- action -----------'   '------- Weights -------'
 
 The story comes first, then housekeeping. For an ablation, copy this file. In shapes, T is time steps, B environments,
-H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 860 on two CPU cores.
+H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 800 to 1,000 on two CPU cores.
 """
 
 import contextlib
@@ -366,7 +366,9 @@ class Actor:
             acted = record_event()
             yield  # while the policy runs
             acted.synchronize()
-            self.envs.act(self.host_action.numpy())
+            self.waiting_since = time.monotonic()
+            self.envs.act(self.host_action.numpy())  # without threads of its own, the engine moves them now
+            self.waiting_since = None
             yield  # while the environments move
             reward, _, done = self.observe()
             self.returns += reward
@@ -429,7 +431,7 @@ class ActorPool:
         for _ in self.threads:
             self.free.put(None)
         for thread in filter(threading.Thread.is_alive, self.threads):
-            thread.join(timeout=2)  # a stuck one never ends
+            thread.join(timeout=STUCK_AFTER / len(self.threads))  # a stuck one never ends
 
 
 class Learner:
@@ -575,7 +577,7 @@ def check_values(args):
     """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
                    "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
-    largest = dict(total_steps=2**53, save_extra_checkpoint=2**53, discounting=1, alpha=1, momentum=1)
+    largest = dict(total_steps=10**12, save_extra_checkpoint=2**53, discounting=1, alpha=1, momentum=1)
     for field in fields(args):
         name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
         if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -674,8 +676,9 @@ def command_line(default):
             raise ValueError(f"{word.split('=')[0]} is {FOREIGN[name]} here")
         if game := re.fullmatch(r"(?:--env=)?(?:procgen:)?procgen-(\w+)-v0", word):
             raise ValueError(f"--env {game[0].removeprefix('--env=')} is --env {game[1]} here")
-        if i and words[i - 1].replace("_", "-") == "--total-steps" and re.fullmatch(r"[\d.]+e\d+", word.lower()):
-            words[i] = f"{float(word):.0f}"
+        number = re.fullmatch(r"(--total[-_]steps=)?([\d.]+[eE]\d+)", word)
+        if number and (number[1] or i and words[i - 1].replace("_", "-") == "--total-steps"):
+            words[i] = f"{number[1] or ''}{float(number[2]):.0f}"
     groups = dict(run=RunArgs, environment=EnvironmentArgs, learning=LearningArgs, model=ModelArgs)
     defaults = [group(**{field.name: getattr(default, field.name) for field in fields(group)})
                 for group in groups.values()]
@@ -843,15 +846,18 @@ class Run:
 
     def finish(self):
         """Logs and saves what training ends with."""
+        saved = True
         if RANK == 0:
             if self.logger.sums:
                 self.log()
-            if not all([self.save("checkpoint.pt"),  # before closing: a scheduler may kill soon
-                        self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best]):
-                sys.exit(1)
-            say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}")
+            saved = all([self.save("checkpoint.pt"),  # before closing: a scheduler may kill soon
+                         self.step < self.extra or self.save(f"checkpoint_{self.step}.pt"), not self.lost_best])
         if NUM_PROCESSES > 1:
             dist.destroy_process_group()
+        if not saved:
+            sys.exit(1)
+        if RANK == 0:
+            say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}")
 
     def save(self, name, best=-math.inf):
         """Writes to a temporary file first, so that there is always a whole one. Returns whether it was written."""
@@ -866,11 +872,13 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())  # or else a power failure may leave the new name without its contents
             os.replace(path.with_suffix(".tmp"), path)
-            with contextlib.suppress(OSError):  # some systems cannot
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # some systems cannot
                 folder = os.open(self.folder, os.O_RDONLY)
+                stack.callback(os.close, folder)
                 os.fsync(folder)
-                os.close(folder)
         except (OSError, RuntimeError) as error:  # torch.save turns some of the first into the second
+            with contextlib.suppress(OSError):
+                path.with_suffix(".tmp").unlink()  # or it may fill the disk
             say(f"{path} could not be written: {str(error).splitlines()[0]}", sys.stderr)
             return False
         return True
@@ -998,7 +1006,8 @@ class Logger:
     def __init__(self, run):
         self.wandb = None
         self.tracked = run.folder / "wandb_steps.txt"  # steps of its entries, which cannot be taken back
-        self.tracked_step = int(self.tracked.read_text().split()[-1]) if self.tracked.is_file() else -1
+        steps = self.tracked.read_text().split() if self.tracked.is_file() else []  # of a full disk, without an entry
+        self.tracked_step = int(steps[-1]) if steps else -1
         if run.args.track:
             import wandb
             name = run.folder.resolve().name
@@ -1036,7 +1045,7 @@ class Logger:
             if self.wandb and run.step > self.tracked_step:
                 with open(self.tracked, "a") as file:
                     file.write(f"{run.step}\n")
-                self.wandb.log(scalars, step=run.step, commit=True)  # now, and not with the next
+                self.track(scalars, run.step)
         except OSError as error:  # TensorBoard's writer does not go on after an error
             say(f"the log could not be written, training goes on: {error}")
             with contextlib.suppress(OSError):
@@ -1049,13 +1058,21 @@ class Logger:
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
         return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
 
+    def track(self, scalars, step):
+        try:
+            self.wandb.log(scalars, step=step, commit=True)  # now, and not with the next
+        except Exception as error:  # its process has died: no reason to stop
+            say(f"training goes on without Weights & Biases: {error}")
+            self.wandb = None
+
     def close(self):
         if terminal["passing"]:
             say("")  # an error has a line of its own
         with contextlib.suppress(OSError):
             self.writer.close()
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):
+                self.wandb.finish()
 
 
 def say(text, file=None, passing=False):

@@ -23,6 +23,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("error:srwm_cuda. the kernels cannot be compiled"))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        gc.collect()  # or it may free page-locked memory of a test before while a graph is captured, which must not be
+
+
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test(monkeypatch):
     """Ends what a test that failed has left running: first as torchrun needs it to end its own processes."""

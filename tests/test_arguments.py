@@ -87,8 +87,9 @@ def test_what_nobody_knows_is_refused_once(command, refused):
     assert error.count("Unrecognized options") == 1 and "─" not in error
 
 
-def test_steps_may_be_written_as_1e6(train):
-    assert torch.load(train("--total-steps", "2e1") / "checkpoint.pt")["args"]["total_steps"] == 20
+@pytest.mark.parametrize("words", ["--total-steps 6e1", "--total-steps=6e1", "--total_steps=6E1"])
+def test_steps_may_be_written_as_1e6(words, train):
+    assert torch.load(train(*words.split()) / "checkpoint.pt")["args"]["total_steps"] == 60
 
 
 def test_a_run_goes_on_beyond_two_to_the_31_steps(train, command):

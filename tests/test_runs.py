@@ -186,7 +186,7 @@ def test_the_best_checkpoint_never_gets_worse(train, command, validation):
 
 
 class FullDisk:
-    """Nothing can be written to the file as long as it is a link to /dev/full, until so many failures were told."""
+    """A file that is a link to /dev/full, to which nothing can be written, until so many failures were told."""
 
     def __init__(self, path, failures, monkeypatch):
         self.path, self.failures, self.say = path.with_suffix(".tmp"), failures, script.say
@@ -196,9 +196,10 @@ class FullDisk:
     def hear(self, text, *rest, **options):
         self.say(text, *rest, **options)
         if "could not be written" in text:
+            assert not self.path.is_symlink()  # what was written is no use, and takes space
             self.failures -= 1
-            if self.failures == 0:
-                self.path.unlink()
+            if self.failures > 0:
+                self.path.symlink_to("/dev/full")
 
 
 def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(train, command, validation, monkeypatch):
@@ -242,6 +243,20 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is
     monkeypatch.setattr(os, "replace", note_replace)
     run = train("--total-steps", 20)
     assert done == [str(run / "checkpoint.tmp"), "renamed", str(run)]
+
+
+def test_where_a_folder_cannot_be_synchronized_no_file_stays_open(train, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(number):
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError("not here")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    run = train("--total-steps", 400, "--save-interval", 0)
+    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert read(run)["step"] == 400 and str(run) not in opened
 
 
 # Stopping

@@ -54,6 +54,7 @@ def play(actor, unroll, unrolls=1):
         for _ in range(unrolls):
             for _ in actor.play(unroll):
                 pass
+    unroll.ready.wait()
 
 
 ARGS = dict(cuda=False, bf16=False, num_actors=1, num_envs=6, unroll_length=20, batch_size=4)
