@@ -180,7 +180,7 @@ def load_run(path, args):
     splits = choose_splits(args, mode, games, script, history)
     agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
     script.load_weights(agent, checkpoint)
-    about = describe(path, script, checkpoint, *history[0])
+    about = describe(path, script, checkpoint, history)
     if about["run"] and about["code"] != hashlib.sha256(script.SOURCE.encode()).hexdigest()[:8]:
         print(f"note: {about['script']} has changed since it trained {path}, whose folder has a copy of it as it was",
               file=sys.stderr)
@@ -197,20 +197,27 @@ def resolve_history(script, checkpoint, args):
             for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
 
 
-def describe(path, script, checkpoint, trained, trained_games):
-    """What every record of a run says about it. Its flags are those that differ from the script's defaults, as
-    typed."""
+def flags_of(saved, script):
+    """{name: flag as typed} of a run's saved arguments, those that differ from the script's defaults."""
     flags = {}
     for argument in fields(script.Args):
-        value = checkpoint["args"].get(argument.name, argument.default)
+        value = saved.get(argument.name, argument.default)
         if argument.name not in ("cuda", "resume") and value != argument.default:
             flag = argument.name.replace("_", "-")
             switch = f"--{'no-' * (not value)}{flag}"
             flags[argument.name] = switch if argument.type is bool else f"--{flag} {shlex.quote(str(value))}"
+    return flags
+
+
+def describe(path, script, checkpoint, history):
+    """What every record of a run says about it, and about those with whose weights it began."""
+    (trained, trained_games), *before = history
     first, count = trained.valid_start_level, trained.valid_num_levels
     return dict(run=path.resolve().parent.name if checkpoint["optimizer"] else None, file=path.stem,
-                script=checkpoint["script"], code=checkpoint.get("sha256", "")[:8], flags=flags,
-                init_from=[Path(before["exp_name"]).name for before in checkpoint.get("before", ())],
+                script=checkpoint["script"], code=checkpoint.get("sha256", "")[:8],
+                flags=flags_of(checkpoint["args"], script),
+                init_from=[dict(exp_name=Path(saved["exp_name"]).name, games=games, flags=flags_of(saved, script))
+                           for saved, (_, games) in zip(checkpoint.get("before", ()), before)],
                 trained_games=trained_games, seed=trained.seed, step=checkpoint["step"],
                 validation=[first, first + count - 1] if count else None, bf16=trained.bf16)
 
@@ -247,6 +254,9 @@ def prepare(args):
                             for one in (runs[0], run))
             raise ValueError("runs must have the same games and distribution mode, or --env and --distribution-mode "
                              f"must say which to compare; {first}; {other}")
+    for path, count in Counter(record_path(run, args, split) for run in runs for split in run.splits).items():
+        if count > 1:
+            raise ValueError(f"runs must be files of different names, since the scores of {path.stem} have one place")
     first, abouts = runs[0], [run.about for run in runs]
     first.script.make_envs(first.args, first.games, len(first.games), seed=0)  # fail early if procgen cannot start
     if args.probe:

@@ -151,7 +151,7 @@ def print_times(name, T, B, D, columns, forward, both, plain):
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.backends.cudnn.benchmark = True
-    measure_cnn((96, 1632))
+    measure_cnn((1, 96, 192, 384, 1632))
     print("function       T     B   D  Y/V  fwd (ms)  f+b (ms) fwd us/t  f+b us/t  plain (ms)   faster")
     sizes = [(51, 32, 16), (1, 192, 16), (51, 1, 16), (51, 128, 16), (51, 512, 16), (51, 32, 8), (51, 32, 32),
              (51, 32, 64), (200, 32, 16), (1000, 32, 16)]

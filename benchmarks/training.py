@@ -124,7 +124,8 @@ class Run:
         """Lets this run go on until enough is measured. Returns steps a second and their number."""
         self.wait(lambda: self.lines)
         begin = self.lines[0][0] + WARM_UP - 5  # the first comes after five seconds
-        self.wait(lambda: self.lines[-1][1] >= steps if steps else self.since(begin)[0] >= seconds)
+        self.wait(lambda: self.since(begin)[0] > 0 and self.lines[-1][1] >= steps if steps
+                  else self.since(begin)[0] >= seconds)
         seconds, done = self.since(begin)
         return done / seconds, self.lines[-1][1]
 
@@ -184,13 +185,16 @@ def main():
     parser.add_argument("--seconds", type=float, default=120, help="to measure each run for")
     parser.add_argument("--steps", type=int, help="to train each run for, instead")
     parser.add_argument("--turns", type=int, help="have all runs in memory, and let each go on so often")
-    parser.add_argument("--agent", default="srwm", help="whose costs or scaling to measure")
+    agents = sorted(path.stem.removeprefix("impala_procgen_") for path in PROJECT.glob("impala_procgen_*.py"))
+    parser.add_argument("--agent", default="srwm", choices=agents, help="whose costs or scaling to measure")
     parser.add_argument("--only", default="", help="regular expression for the names of the runs to make")
     args, words_for_all = parser.parse_known_args()
     if args.turns and (args.steps or args.which == "scaling"):
         parser.error("--turns goes neither with --steps nor with scaling")
     rows = [(name, " ".join([words, *words_for_all]), *more) for name, words, *more in settings(args.which, args.agent)
             if re.search(args.only, name)]
+    if not rows:
+        parser.error(f"--only must match the name of a run, got {args.only}")
     if args.turns:
         by_turns(rows, args.seconds, args.turns)
     else:

@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def write_film(pictures, size, target):
     """Writes pictures of that size (width, height) with ffmpeg."""
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "{}x{}".format(*size), "-r", str(FPS)]
     encoded = ["-pix_fmt", "yuv420p", "-crf", "20", "-movflags", "+faststart"]
-    command = [find_ffmpeg(), "-y", "-loglevel", "error", *raw, "-i", "-", *encoded, str(target)]
+    command = [find_ffmpeg(), "-y", "-loglevel", "error", *raw, "-i", "-", *encoded, target.resolve()]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
         for picture in pictures:
             ffmpeg.stdin.write(picture.tobytes())
@@ -172,7 +173,8 @@ def plot(runs, rows, scalars, target):
 
     plt.rcParams.update(STYLE)
     models = list(dict.fromkeys(run.model for run in runs))
-    colors = dict(zip(models, COLORS * len(models)))
+    more = [plt.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.95, len(models))]
+    colors = dict(zip(models, COLORS if len(models) <= len(COLORS) else more))
     found = [(run.model, curve) for run, curve in zip(runs, scalars)]
     games = list(runs[0].records[0]["games"])
     across = min(3, len(games))
@@ -193,8 +195,9 @@ def plot(runs, rows, scalars, target):
             else:
                 draw_curves(axis, found, f"return/{game}", colors)
                 axis.set_title(f"{game}, return")
-    labels = right.get_legend_handles_labels()[1]
-    figure.legend(loc="outside lower left", ncols=1 if max(map(len, labels)) > 80 else 2, fontsize=8)
+    handles, labels = right.get_legend_handles_labels()
+    labels = [textwrap.fill(label, 170).replace("$", r"\$") for label in labels]  # between two, it would be mathematics
+    figure.legend(handles, labels, loc="outside lower left", ncols=1 if max(map(len, labels)) > 80 else 2, fontsize=8)
     figure.savefig(target)
     plt.close(figure)
 
@@ -290,7 +293,8 @@ def draw_probe(steps, frames, rewards, title, target):
     plt.rcParams.update(STYLE)
     figure = plt.figure(figsize=(4 + 5 * layers, 11.5), layout="constrained")
     grid = figure.add_gridspec(7, layers, height_ratios=(1.15, 0.35, 1, 1, 1, 1, 1.25))
-    figure.suptitle(title + "\nthin lines: heads; thick: their mean; vertical: rewards", fontsize=11, x=0.01, ha="left")
+    title = title.replace("$", r"\$") + "\nthin lines: heads; thick: their mean; vertical: rewards"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     rates = np.array([[beta for beta, _ in step] for step in steps])  # (T, layers, 4, H)
 
     shown = np.unique(np.linspace(0, count - 1, 5 * layers).round().astype(int))

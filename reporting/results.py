@@ -7,7 +7,9 @@
                                                          weights alone, and their scores beside them in srwm.json
 """
 
+import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -26,27 +28,38 @@ from reporting import pictures, tables
 RESULTS, POINTS = Path("results"), 200  # of a learning curve
 MAX_BYTES = 5_000_000  # of weights alone
 FIRST_LEVEL, NUM_LEVELS, NUM_STEPS = 1000, 5, 250  # a release keeps the returns of the short episodes among so many
+RECORD = set("run file script code flags init_from trained_games seed step validation bf16 distribution_mode start_level "
+             "num_levels column greedy action_seed games mean".split())  # what evaluate.py writes of a split
 NOISE = 1e-5  # relative, in weights: more than machines differ by
 
 Scored = namedtuple("Scored", "path records model")  # a run, as reporting.tables wants it
 
 
 def load(folder, file="checkpoint"):
-    """A checkpoint file of a run, and its records by the names of their JSON files. Raises ValueError if one of the two
-    is missing, or if they are of different steps."""
+    """A checkpoint file of a run, and its records by the names of their JSON files. Records of other steps are left
+    out. Raises ValueError if one of the two is missing."""
     path = folder / f"{file}.pt"
     if not path.is_file():
         raise ValueError(f"runs must be folders with a {path.name}, got {folder}")
     checkpoint = evaluate.import_script(evaluate.script_of(path)).load_checkpoint(path, None)
-    found = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("evaluation_*.json"))}
+    found = {path.name: read_record(path) for path in sorted(folder.glob("evaluation_*.json"))}
     records = {name: record for name, record in found.items() if record["file"] == file}
+    for name in [name for name, record in records.items() if record["step"] != checkpoint["step"]]:
+        print(f"note: left out, {folder / name} is of step {records.pop(name)['step']:,} and {path.name} of step "
+              f"{checkpoint['step']:,}", file=sys.stderr)
     if not records:
-        raise ValueError(f"{path} has no scores yet: python evaluate.py {path} --splits paper")
-    for name, record in records.items():
-        if record["step"] != checkpoint["step"]:
-            raise ValueError(f"{folder / name} is of step {record['step']:,} and {path.name} of step "
-                             f"{checkpoint['step']:,}: score it again")
+        raise ValueError(f"{path} has no scores of step {checkpoint['step']:,} yet: "
+                         f"python evaluate.py {path} --splits paper")
     return checkpoint, records
+
+
+def read_record(path):
+    """What evaluate.py wrote to this file. Raises ValueError for anything else."""
+    with contextlib.suppress(json.JSONDecodeError, UnicodeError):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and RECORD <= record.keys():
+            return record
+    raise ValueError(f"{path} is not a whole record of evaluate.py")
 
 
 def command_of(record):
@@ -98,8 +111,21 @@ def read_curve(path):
     """What `write_curve` wrote: {tag: (steps, values)}."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    tags = [tag for tag in (rows[0] if rows else ()) if tag != "step"]
-    return {tag: np.array([(int(row["step"]), float(row[tag])) for row in rows if row[tag]]).T for tag in tags}
+    curves = {tag: [(int(row["step"]), float(row[tag])) for row in rows if row[tag]]
+              for tag in (rows[0] if rows else ()) if tag != "step"}
+    return {tag: np.array(points).T for tag, points in curves.items() if points}  # thinning may leave a tag none
+
+
+def disjoint(splits):
+    """Those of splits (first, count, path, record) that share no level: of two that do, the one that has more."""
+    kept = []
+    for split in sorted(splits, key=lambda split: (-split[1], *split[:3])):
+        first, count, path, _ = split
+        if other := next((other for other in kept if first < other[0] + other[1] and other[0] < first + count), None):
+            print(f"note: left out, {path} has levels of {other[2].name}", file=sys.stderr)
+        else:
+            kept.append(split)
+    return sorted(kept, key=lambda split: split[0])
 
 
 def tables_of(folders):
@@ -108,15 +134,15 @@ def tables_of(folders):
     for folder in folders:
         by_setting = {}
         for path in sorted(folder.glob("evaluation_*.json")):
-            record = json.loads(path.read_text())
+            record = read_record(path)
             record["code"] = ""  # versions of a script that differ in no flag are one model here
             actions = "greedy" if record["greedy"] else f"sampled {record['action_seed']}"
-            setting = (record["distribution_mode"], actions, tuple(record["games"]), record["num_levels"])
-            by_setting.setdefault(setting, []).append(record)
-        for setting, records in by_setting.items():
-            records.sort(key=lambda record: record["start_level"])
-            levels = tuple(record["start_level"] for record in records)
-            found.setdefault((*setting, levels), []).append((folder, records))
+            setting = (record["distribution_mode"], actions, tuple(record["games"]), record["bf16"])
+            by_setting.setdefault(setting, []).append((record["start_level"], record["num_levels"], path, record))
+        for setting, splits in by_setting.items():
+            splits = disjoint(splits)
+            levels = tuple((first, count) for first, count, *_ in splits)
+            found.setdefault((*setting, levels), []).append((folder, [record for *_, record in splits]))
     for setting, runs in found.items():
         names = tables.name_models([records[0] for _, records in runs])
         found[setting] = [Scored(*run, name) for run, name in zip(runs, names)]
@@ -128,8 +154,7 @@ def report():
     found = tables_of(sorted(path for path in RESULTS.glob("*") if path.is_dir()))
     if not found:
         raise ValueError(f"{RESULTS}/ holds no scores: python -m reporting.results add runs/NAME")
-    for old in RESULTS.glob("*.png"):
-        old.unlink()
+    page, plots = RESULTS / "README.md", []
     parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command "
              "line is in its `arguments.json`."]
     for mode, actions, *rest in sorted(found, key=lambda setting: -len(found[setting])):
@@ -139,12 +164,17 @@ def report():
             picture = picture.with_stem(f"{picture.stem}_{same + 1}")  # of other games or levels
         for sentence in tables.odd_seeds([run.model for run in runs], [run.records[0] for run in runs]):
             print(f"note: {sentence}", file=sys.stderr)
-        pictures.plot(runs, rows, [read_curve(run.path / "curve.csv") for run in runs], picture)
+        plots.append((runs, rows, [read_curve(run.path / "curve.csv") for run in runs], picture))
         games = ", ".join(runs[0].records[0]["games"])
         parts += [f"## {mode}: {games}; {actions} actions", tables.markdown(runs, rows),
                   f"![learning curves and scores]({picture.name})"]
-    (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
-    print(RESULTS / "README.md")
+    before = re.findall(r"^!\[.*\]\((.+)\)$", page.read_text(), re.MULTILINE) if page.is_file() else []
+    for name in before:  # now that all could be read
+        (RESULTS / name).unlink(missing_ok=True)
+    for plot in plots:
+        pictures.plot(*plot)
+    page.write_text("\n\n".join(parts) + "\n")
+    print(page)
 
 
 def release(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]):
@@ -199,12 +229,17 @@ def play_once(run):
     return {(episode.name, episode.level): episode.total for episode in episodes if episode.ended}
 
 
+def later(function):
+    """The function of the same arguments that returns the call, to be made once the command line was parsed."""
+    return functools.wraps(function)(lambda *words, **options: functools.partial(function, *words, **options))
+
+
 def main():
     evaluate.open_streams()
-    commands = dict(add=add, report=report, release=release)
+    commands = {command.__name__: later(command) for command in (add, report, release)}
     try:
         interface = tyro.extras.subcommand_cli_from_dict
-        evaluate.command_line(__doc__, interface, subcommands=commands, prog="reporting.results", description="")
+        evaluate.command_line(__doc__, interface, subcommands=commands, prog="reporting.results", description="")()
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

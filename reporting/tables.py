@@ -29,15 +29,22 @@ MANAGING = {"exp_name", "seed", "track", "profile", "cuda_graphs", "env", "multi
 MANAGING_PREFIXES = ("wandb_", "log_", "save_", "valid_")
 
 
-def features(record):
-    """What makes a run's model, but the script: {name: words for it}. Flags with their default values are not in it."""
-    games, flags = record["trained_games"], record["flags"]
+def learned_from(games, flags):
+    """What a run has learned from, and how: {name: words for it}, without the flags in which seeds may differ."""
     found = dict(games=games[0] if len(games) == 1 else f"{len(games)} games")
     for name, words in flags.items():
         if name not in MANAGING and not name.startswith(MANAGING_PREFIXES):
             found[name] = re.sub(r"(?<= )([1-9]\d*)0{6}$", r"\1M", words)  # millions
+    return found
+
+
+def features(record):
+    """What makes a run's model, but the script: {name: words for it}. Flags with their default values are not in it."""
+    found = learned_from(record["trained_games"], record["flags"])
     if record["init_from"]:
-        found["init_from"] = f"--init-from {' '.join(record['init_from'])}"
+        before = [f"{run['exp_name']} ({', '.join(learned_from(run['games'], run['flags']).values())})"
+                  for run in record["init_from"]]
+        found["init_from"] = f"--init-from {', '.join(before)}"
     if record["file"] != "checkpoint":
         found["file"] = record["file"]
     if record["code"]:
@@ -48,12 +55,15 @@ def features(record):
 def name_models(records):
     """A name for the model of each run, given one of its records: the script, and what not all runs of the script
     share. Runs that differ in nothing but their seed have one name."""
-    names = []
+    scripts, names = {record["script"]: Path(record["script"]).stem for record in records}, []
+    short = {script: stem.removeprefix("impala_procgen_") for script, stem in scripts.items()}
+    if len(set(short.values())) == len(short):
+        scripts = short
     for record in records:
         others = [features(other) for other in records if other["script"] == record["script"]]
         differs = [words for name, words in features(record).items()
                    if any(other.get(name) != words for other in others)]
-        names.append(" ".join([Path(record["script"]).stem.removeprefix("impala_procgen_"), *differs]))
+        names.append(" ".join([scripts[record["script"]], *differs]))
     return names
 
 
@@ -225,7 +235,7 @@ def describe(runs):
         record = run.records[0]
         actions, precision = "greedy" if record["greedy"] else "sampled", "bfloat16" if record["bf16"] else "float32"
         chosen = ", chosen by validation on levels {} to {}"
-        best = chosen.format(*record["validation"]) if record["file"] == "best" else ""
+        best = chosen.format(*record["validation"]) if record["file"] == "best" and record["validation"] else ""
         yield (f"{run.path}: {name}, seed {record['seed']}, {record['step']:,} steps{best}; "
                f"{record['distribution_mode']}, levels {levels(run)}; {actions} actions, {precision}")
 
@@ -241,6 +251,7 @@ def text(runs, rows):
 def markdown(runs, rows):
     parts = ["\n".join(f"- {line}" for line in describe(runs))]
     for head, *body in cells(rows):
+        body = [[word.replace("|", "&#124;") for word in line] for line in body]  # or it would begin a column
         lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *body]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join([*parts, NOTE])

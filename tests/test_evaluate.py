@@ -289,8 +289,21 @@ def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path
     capsys.readouterr()
     score(*runs, "--splits", "0", "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    before = "--init-from parent (2 games, --total-steps 20, --unroll-length 5, --batch-size 4)"
     assert {(row["model"], row["seeds"], row["split"]) for row in rows} == {
-        ("srwm --init-from parent", "2", "train"), ("srwm", "1", "test")}
+        (f"srwm {before}", "2", "train"), ("srwm", "1", "test")}
+
+
+def test_runs_fine_tuned_from_runs_that_learned_otherwise_are_no_seeds_of_one_model(train, score, capsys):
+    parents = [train("--total-steps", 20, "--multi-env", 1),
+               train("--total-steps", 20, "--multi-env", 1, "--seed", 2, "--start-level", 500)]
+    runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 900)
+            for seed, parent in enumerate(parents, 1)]
+    capsys.readouterr()
+    score(*runs, "--splits", "0", "--num-levels", 1, "--env", "bigfish", "--format", "csv")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {("--start-level 500" in row["model"], row["seeds"], row["split"]) for row in rows} == {
+        (False, "1", "train"), (True, "1", "test")}
 
 
 def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
@@ -372,6 +385,7 @@ def test_the_tables_of_known_returns():
     ([{"flags": {"batch_size": "--batch-size 64"}}] * 2, ["srwm", "srwm"]),
     ([{"code": "12345678"}, {"code": "abcdefab"}], ["srwm code 12345678", "srwm code abcdefab"]),
     ([{}, {"script": "mine.py", "file": "best"}], ["srwm", "mine"]),
+    ([{}, {"script": "srwm.py"}, {"script": "mine.py"}], ["impala_procgen_srwm", "srwm", "mine"]),
     ([{}, {"file": "best"}], ["srwm", "srwm best"]),
 ])
 def test_models_are_named_by_what_differs_between_runs_of_a_script(changes, names):
@@ -385,6 +399,20 @@ def test_tables_number_models_whose_flags_are_too_many_for_a_column_and_say_once
     for table in (tables.text(runs, rows), tables.markdown(runs, rows)):
         assert table.count(flags) == 1 and f"srwm (1) = srwm {flags}, seed" in table and table.count("srwm (1)") > 3
     assert flags in tables.comma_separated(runs, rows)
+
+
+def test_weights_called_best_are_named_so_even_if_nothing_was_validated():
+    run = SimpleNamespace(**vars(RUNS[0]))
+    run.records = [record | dict(file="best", validation=None) for record in run.records]
+    assert "chosen by validation" not in next(tables.describe([run]))
+
+
+def test_weights_whose_scores_would_have_one_place_are_refused(trained, score, refused, tmp_path):
+    for folder in ("a", "b"):
+        checkpoint = torch.load(trained / "checkpoint.pt") | dict(optimizer={})
+        (tmp_path / folder).mkdir()
+        torch.save(checkpoint, tmp_path / folder / "agent.pt")
+    refused(lambda: score("a/agent.pt", "b/agent.pt"), "runs must be files of different names", "agent")
 
 
 def test_text_and_markdown_say_the_same():

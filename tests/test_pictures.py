@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,9 +133,28 @@ def test_long_names_of_models_leave_the_curves_their_room(train, score, drawn):
 
 
 @needs_matplotlib
+def test_many_models_with_odd_names_are_told_apart(tmp_path, drawn, monkeypatch):
+    from matplotlib.figure import Figure
+
+    legends, legend = [], Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda figure, *words, **options: legends.append(legend(figure, *words, **options)))
+    models = [f"srwm {'--a-long-flag 1 ' * 20}--exp-name a$x_{{$b{n}" for n in range(12)]
+    record = dict(games=dict.fromkeys(["maze"]))
+    runs = [SimpleNamespace(model=model, records=[record]) for model in models]
+    entry = dict(game="maze", measure="return", split="test", value=1.0, low=0.0, high=2.0)
+    rows = [entry | dict(model=model) for model in models]
+    pictures.plot(runs, rows, [{"return/mean": np.array([[0, 1], [0, 1]])}] * 12, tmp_path / "plot.png")
+    texts = [text.get_text() for text in legends[0].get_texts()]
+    assert len(set(texts)) == 12 and max(len(line) for text in texts for line in text.splitlines()) < 180
+    assert len({tuple(line.get_color()) for line in drawn[0].lines}) == 12
+
+
+@needs_matplotlib
 def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, drawn):
     runs = [train("--total-steps", 20, "--seed", seed) for seed in (1, 2)]
     for run in runs:
+        for file in run.glob("events*"):
+            file.unlink()
         with SummaryWriter(run) as writer:
             for step in range(3):
                 for tag in ("return/bigfish", "normalized_return/mean"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_a_curve_keeps_the_steps_at_which_a_game_had_no_episode_empty(tmp_path):
         "return/maze": [[5, 10], [1, 2]], "return/leaper": [[10], [0.5]]}
 
 
+def test_a_curve_of_which_thinning_left_nothing_is_none(tmp_path):
+    curves = {"return/maze": np.array([np.arange(1000)] * 2), "valid_return/maze": np.array([[1, 2], [3, 3]])}
+    results.write_curve(tmp_path / "curve.csv", curves)
+    assert list(results.read_curve(tmp_path / "curve.csv")) == ["return/maze"]
+
+
 @needs_matplotlib
 def test_the_report_s_table_is_that_of_evaluate_py(scored, score, command, capsys):
     score(scored, "--splits", "train", "1000", "--num-levels", 1, "--format", "markdown")
@@ -94,18 +101,67 @@ def test_seeds_are_one_model_whatever_the_version_of_the_script_and_other_levels
     command(results, "add", scored, a_seed(scored, 2, "12345678"))
     found = results.tables_of(sorted(Path("results").iterdir()))
     assert {setting[2:]: [run.model for run in runs] for setting, runs in found.items()} == {
-        (("bigfish", "fruitbot"), 1, (0, 1000)): ["srwm", "srwm"], (("fruitbot",), 1, (1200,)): ["srwm", "srwm"]}
+        (("bigfish", "fruitbot"), False, ((0, 1), (1000, 1))): ["srwm", "srwm"],
+        (("fruitbot",), False, ((1200, 1),)): ["srwm", "srwm"]}
 
 
-def test_scores_of_another_step_are_not_kept(scored, command, refused):
+def test_no_level_counts_twice_and_splits_of_different_sizes_share_a_table(scored, command, capsys):
+    record = json.loads((scored / "evaluation_easy_1000_1.json").read_text())
+    for file, first, count in (("again", 1000, 1), ("more", 1000, 3), ("other", 1200, 2), ("overlapping", 1201, 2)):
+        changed = record | dict(start_level=first, num_levels=count)
+        (scored / f"evaluation_{file}.json").write_text(json.dumps(changed))
+    command(results, "add", scored)
+    capsys.readouterr()
+    assert [levels for *_, levels in results.tables_of(Path("results").iterdir())] == [((0, 1), (1000, 3), (1200, 2))]
+    left_out = re.findall(r"evaluation_(\w+).json has levels of", capsys.readouterr().err)
+    assert sorted(left_out) == ["again", "easy_1000_1", "overlapping"]
+
+
+def test_scores_in_bfloat16_are_another_table(scored, command):
+    path = scored / "evaluation_easy_1000_1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(bf16=True)))
+    command(results, "add", scored)
+    assert [setting[3:] for setting in results.tables_of(Path("results").iterdir())] == [
+        (False, ((0, 1),)), (True, ((1000, 1),))]
+
+
+@needs_matplotlib
+def test_a_report_replaces_its_own_pictures_and_no_others(scored, command, refused):
+    command(results, "add", scored)
+    Path("results/mine.png").write_text("mine")
+    page = Path("results/README.md")
+    page.write_text("![learning curves and scores](old.png)\n")
+    Path("results/old.png").write_text("old")
+    command(results, "report")
+    assert sorted(path.name for path in Path("results").glob("*.png")) == ["easy_greedy.png", "mine.png"]
+    before = page.read_text()
+    Path("results", scored.name, "evaluation_easy_1000_1.json").write_text('{"games": ')
+    refused(lambda: command(results, "report"), "evaluation_easy_1000_1.json is not a whole record of evaluate.py")
+    assert page.read_text() == before and Path("results/easy_greedy.png").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 20}'])
+def test_other_files_of_a_run_are_no_records(content, scored, command, refused):
+    (scored / "evaluation_of_mine.json").write_text(content)
+    refused(lambda: command(results, "add", scored), "evaluation_of_mine.json is not a whole record of evaluate.py")
+
+
+def test_scores_of_another_step_are_not_kept(scored, command, refused, capsys):
+    path = scored / "evaluation_easy_1000_1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(step=10)))
+    command(results, "add", scored)
+    assert "evaluation_easy_1000_1.json is of step 10 and checkpoint.pt of step 20" in capsys.readouterr().err
+    assert [kept.name for kept in Path("results", scored.name).glob("evaluation*")] == ["evaluation_easy_0_1.json"]
     checkpoint = torch.load(scored / "checkpoint.pt")
     torch.save(checkpoint | {"step": 40}, scored / "checkpoint.pt")
-    refused(lambda: command(results, "add", scored), "is of step 20 and checkpoint.pt of step 40: score it again")
+    with pytest.raises(SystemExit):
+        command(results, "add", scored)
+    assert "checkpoint.pt has no scores of step 40 yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, expected", [
     ("add", "runs must be named"), ("add nowhere", "runs must be folders with a checkpoint.pt, got nowhere"),
-    ("add RUN", "has no scores yet"), ("report", "results/ holds no scores"), ("publish", "add, report, release"),
+    ("add RUN", "has no scores of step 20 yet"), ("report", "results/ holds no scores"), ("publish", "add, report, release"),
     ("release RUN agent.pth", "target must end in .pt"),
 ])
 def test_what_is_not_allowed_is_refused(words, expected, trained, command, refused):
