@@ -193,7 +193,7 @@ def main():
         parser.error("--turns goes neither with --steps nor with scaling")
     rows = [(name, " ".join([words, *words_for_all]), *more) for name, words, *more in settings(args.which, args.agent)
             if re.search(args.only, name)]
-    if not rows:
+    if args.only and not rows:
         parser.error(f"--only must match the name of a run, got {args.only}")
     if args.turns:
         by_turns(rows, args.seconds, args.turns)
