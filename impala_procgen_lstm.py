@@ -13,7 +13,7 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
        '----------- action -----------'   '------- Weights -------'
 
 The story comes first, then housekeeping. For an ablation, copy this file. In shapes, T is time steps, B environments,
-H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 800 to 1,000 on two CPU cores.
+H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 300 to 1,000 on two CPU cores.
 """
 
 import contextlib
