@@ -229,9 +229,12 @@ def test_stuck_environments_end_the_run(start_level, method, train, monkeypatch)
     monkeypatch.setattr(script, "STUCK_AFTER", 1)
     begin = time.time()
     with pytest.raises(SystemExit, match=r"actor \d: its environments have not answered for 1 seconds"):
-        train("--total-steps", 1_000_000, "--valid-num-levels", 5)
+        train("--total-steps", 20_000, "--valid-num-levels", 5)
     assert time.time() - begin < 40
     forever.set()
+    for thread in threading.enumerate():  # or Python's end may meet one in the middle of a step
+        if "(run)" in thread.name:
+            thread.join(timeout=30)
 
 
 def test_memory_that_is_too_small_is_explained(train, monkeypatch):
