@@ -226,3 +226,19 @@ def test_a_release_keeps_returns_that_its_weights_get_again(released, monkeypatc
 def test_a_pretrained_agent_gets_the_returns_that_stand_beside_it(path, few_slots):
     now, stored = replay(path)
     assert now == stored and len(stored) > 0 and path.stat().st_size <= 5e6
+
+
+@needs_matplotlib
+def test_the_page_of_results_is_made_of_the_files_beside_it(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(results.pictures, "plot", lambda *anything: None)
+    shutil.copytree(ROOT / "results", "results")
+    command(results, "report")
+    assert Path("results/README.md").read_text() == (ROOT / "results/README.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_every_score_in_the_documents_stands_on_the_page_of_results(document):
+    scores = re.findall(r"[-\d.]+(?: ± [\d.]+)? \[[^]a-z]+\]", (ROOT / document).read_text())
+    page = (ROOT / "results/README.md").read_text()
+    assert len(scores) > 10
+    assert [score for score in scores if f" {score} " not in page] == []
