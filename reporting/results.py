@@ -57,7 +57,8 @@ def read_record(path):
     """What evaluate.py wrote to this file. Raises ValueError for anything else."""
     with contextlib.suppress(json.JSONDecodeError, UnicodeError):
         record = json.loads(path.read_text())
-        if isinstance(record, dict) and RECORD <= record.keys():
+        whole = isinstance(record, dict) and RECORD <= record.keys()
+        if whole and all(isinstance(ancestor, dict) for ancestor in record["init_from"]):  # once they were names
             return record
     raise ValueError(f"{path} is not a whole record of evaluate.py")
 

@@ -146,6 +146,12 @@ def test_other_files_of_a_run_are_no_records(content, scored, command, refused):
     refused(lambda: command(results, "add", scored), "evaluation_of_mine.json is not a whole record of evaluate.py")
 
 
+def test_a_record_of_an_earlier_version_that_names_only_the_ancestor_is_refused(scored, command, refused):
+    path = scored / "evaluation_easy_1000_1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(init_from=["runs/older"])))
+    refused(lambda: command(results, "add", scored), "evaluation_easy_1000_1.json is not a whole record of evaluate.py")
+
+
 def test_scores_of_another_step_are_not_kept(scored, command, refused, capsys):
     path = scored / "evaluation_easy_1000_1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(step=10)))
