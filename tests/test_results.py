@@ -234,8 +234,7 @@ def test_a_pretrained_agent_gets_the_returns_that_stand_beside_it(path, few_slot
     assert now == stored and len(stored) > 0 and path.stat().st_size <= 5e6
 
 
-@needs_matplotlib
-def test_the_page_of_results_is_made_of_the_files_beside_it(command, tmp_path, monkeypatch):
+def test_the_page_of_results_is_made_of_the_files_beside_it(command, monkeypatch):
     monkeypatch.setattr(results.pictures, "plot", lambda *anything: None)
     shutil.copytree(ROOT / "results", "results")
     command(results, "report")
