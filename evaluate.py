@@ -39,9 +39,10 @@ import tyro
 from reporting import tables
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
-SLOTS = {"cpu": 32, "cuda": 128}  # environments that a thread plays at once: the batch of its agent
-VECTOR = {"cpu": 4, "cuda": 32}  # how many of them play the same game
+SLOTS = {"cpu": 32, "cuda": 256}  # environments that a policy plays at once: its batch
+VECTOR = {"cpu": 4, "cuda": 64}  # how many of them play the same game
 ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
+TURNS = {"cpu": 1, "cuda": 2}  # policies that a thread plays by turns: some act while the environments of others move
 
 
 @dataclass
@@ -288,6 +289,9 @@ class Policy:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
         self.host = (torch.zeros(B, 64, 64, 3, dtype=torch.uint8, pin_memory=cuda), torch.zeros(4, B, pin_memory=cuda))
         self.inputs = [x.to(self.device) for x in self.host]  # on a CPU, the same tensors
+        if cuda and not args.bf16:  # cuDNN's float32 convolutions take half the time with channels first in memory
+            agent.to(memory_format=torch.contiguous_format)
+            self.inputs[0] = self.inputs[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         self.frames, (self.reward, self.begin, self.unroll_begins, self.uniform) = (x.numpy() for x in self.host)
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)
         self.step, self.generators = np.zeros(B, dtype=np.int64), [np.random.default_rng(0) for _ in range(B)]
@@ -322,17 +326,22 @@ class Policy:
             action = (logits[0].softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
         self.action.copy_(action.int(), non_blocking=True)
 
-    def act(self):
-        """Actions (B,) for `frames` and `reward`, as a NumPy array."""
+    def begin_act(self):
+        """Queues a step. Returns an event; after it, `action` (B,) is there for `frames` and `reward`."""
         self.begin[:] = self.step == 0
         self.unroll_begins[:] = self.step % self.args.unroll_length == 0
         if not self.greedy:
             self.uniform[:] = [generator.random(dtype=np.float32) for generator in self.generators]
         self.step += 1
-        for on_device, on_host in zip(self.inputs, self.host):
-            on_device.copy_(on_host, non_blocking=True)
-        self.forward()
-        self.script.synchronize()
+        with torch.cuda.stream(self.stream):  # None does nothing
+            for on_device, on_host in zip(self.inputs, self.host):
+                on_device.copy_(on_host, non_blocking=True)
+            self.forward()
+            return self.script.record_event()
+
+    def act(self):
+        """Actions (B,) for `frames` and `reward`, as a NumPy array."""
+        self.begin_act().synchronize()
         return self.action.numpy()
 
 
@@ -367,7 +376,9 @@ class Vector:
             state = self.make(level).get_state()[0]
             self.envs.call_c_func("set_state", n, state, len(state))
             self.policy.begin_episode(self.slots.start + n, self.game, level)
-        self.policy.frames[self.slots] = self.envs.observe()[1]["rgb"]
+        if free:
+            self.frames = self.envs.observe()[1]["rgb"]  # the engine's buffer, which each step fills anew
+        self.policy.frames[self.slots] = self.frames
         return (self.playing >= 0).any()
 
     def make(self, level, **options):
@@ -388,22 +399,40 @@ class Vector:
 
 
 def play_slots(policy, todo, returns, progress, stop):
-    """Plays what is left to do, {game: deque of (number, level)}, in a policy's slots; adds to the returns by
-    number."""
-    torch.set_num_threads(1)  # in this thread; the other cores have threads of their own
+    """Plays what is left to do, {game: deque of (number, level)}, in a policy's slots; adds to the returns by number.
+    A generator, which yields where it would wait: an event while the policy acts, None while environments move."""
     size = VECTOR[policy.device.type]
     vectors = [Vector(policy, slice(first, first + size), todo, returns) for first in range(0, len(policy.step), size)]
-    with torch.cuda.stream(policy.stream):
-        while not stop.is_set():
-            busy = [vector for vector in vectors if vector.begin()]
-            if busy:
-                actions = policy.act()
-                for vector in busy:
-                    vector.act(actions)
-                for vector in busy:
-                    progress.update(vector.observe())
-            elif not any(todo.values()):
-                break
+    while not stop.is_set():
+        busy = [vector for vector in vectors if vector.begin()]
+        if busy:
+            acted = policy.begin_act()
+            yield acted
+            acted.synchronize()
+            for vector in busy:
+                vector.act(policy.action.numpy())
+            yield None
+            for vector in busy:
+                progress.update(vector.observe())
+        elif not any(todo.values()):
+            break
+
+
+def take_turns(players):
+    """Goes on with generators of play_slots until all have ended: while some policies act, the environments of others
+    move. Of each kind, the one that has waited longest goes on first."""
+    torch.set_num_threads(1)  # in this thread; the other cores have threads of their own
+    acting, moving, most_acting = deque(), deque(players), (len(players) + 1) // 3  # as in training
+    while acting or moving:
+        if acting and (not moving or len(acting) > most_acting or acting[0][1].query()):
+            player, _ = acting.popleft()
+        else:
+            player = moving.popleft()
+        with contextlib.suppress(StopIteration):
+            if acted := next(player):
+                acting.append((player, acted))
+            else:
+                moving.append(player)
 
 
 def play(script, agent, args, levels, greedy=True, seed=1, name="playing"):
@@ -412,15 +441,16 @@ def play(script, agent, args, levels, greedy=True, seed=1, name="playing"):
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
     device = next(agent.parameters(), torch.zeros(())).device.type
-    most = max(1, script.num_cores() // (2 if device == "cuda" else 1))  # Python's threads share a lock: few do more
-    count = min(most, len(todo) + len(levels) // SLOTS[device])
+    cores = script.num_cores()
+    threads = cores if device == "cpu" else min(cores, 2)  # on a GPU, more would wait for Python's lock
+    count = min(threads * TURNS[device], len(todo) + len(levels) // SLOTS[device])
     policies = [Policy(script, agent, args, greedy, seed) for _ in range(count)]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
-    with ThreadPoolExecutor(len(policies)) as pool:
+    players = [play_slots(policy, todo, returns, done, stop) for policy, done in zip(policies, progress)]
+    groups = [players[number::threads] for number in range(min(threads, count))]
+    with ThreadPoolExecutor(len(groups)) as pool:
         try:
-            players = [pool.submit(play_slots, policy, todo, returns, done, stop)
-                       for policy, done in zip(policies, progress)]
-            follow(players, progress, len(levels), name)
+            follow([pool.submit(take_turns, group) for group in groups], progress, len(levels), name)
         finally:
             stop.set()
     return returns

@@ -177,12 +177,15 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     assert together[1:3].tolist() == alone
 
 
-def test_the_engine_s_threads_change_nothing(few_slots, monkeypatch):
-    """On a GPU they step the environments."""
+@pytest.mark.parametrize("greedy", [True, False])
+def test_turns_and_the_engine_s_threads_change_nothing(greedy, few_slots, monkeypatch):
+    """On a GPU a thread plays several policies by turns, and the engine's threads step their environments."""
     args = script.Args(cuda=False, bf16=False)
-    inline = evaluate.play(script, SRWM, args, LEVELS)
+    inline = evaluate.play(script, SRWM, args, LEVELS, greedy)
     monkeypatch.setattr(evaluate, "ENGINE_THREADS", {"cpu": 2})
-    assert evaluate.play(script, SRWM, args, LEVELS).tolist() == inline.tolist()
+    monkeypatch.setattr(evaluate, "TURNS", {"cpu": 3})
+    monkeypatch.setattr(script, "num_cores", lambda: 1)
+    assert evaluate.play(script, SRWM, args, LEVELS, greedy).tolist() == inline.tolist()
 
 
 @pytest.mark.gpu
