@@ -36,7 +36,7 @@ SETTLE = 2  # seconds after a turn's begin that do not count
 AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta",
           "delta": "delta", "lstm": "lstm", "fake_sr": "fake_sr"}
 ENVIRONMENTS = {  # actors and environments of each, by whether there is a GPU
-    True: ("2 x 24", "1 x 96", "2 x 96", "4 x 96", "8 x 72", "8 x 84", "8 x 96", "4 x 192", "8 x 192"),
+    True: ("2 x 24", "1 x 96", "2 x 96", "4 x 96", "8 x 72", "8 x 84", "8 x 90", "4 x 192", "8 x 192"),
     False: ("1 x 36", "1 x 72", "2 x 36")}
 
 

@@ -180,8 +180,13 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
 @pytest.mark.parametrize("greedy", [True, False])
 def test_turns_and_the_engine_s_threads_change_nothing(greedy, few_slots, monkeypatch):
     """On a GPU a thread plays several policies by turns, and the engine's threads step their environments."""
+    class Event(torch.cpu.Event):
+        def query(self):
+            return False  # as on a GPU, so that several policies act at once
+
     args = script.Args(cuda=False, bf16=False)
     inline = evaluate.play(script, SRWM, args, LEVELS, greedy)
+    monkeypatch.setattr(script, "record_event", Event)
     monkeypatch.setattr(evaluate, "ENGINE_THREADS", {"cpu": 2})
     monkeypatch.setattr(evaluate, "TURNS", {"cpu": 3})
     monkeypatch.setattr(script, "num_cores", lambda: 1)
@@ -197,6 +202,19 @@ def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greed
     together = dict(zip(levels, evaluate.play(script, agent, args, levels, greedy)))
     some = levels[::-7]
     assert [together[level] for level in some] == evaluate.play(script, agent, args, some, greedy).tolist()
+
+
+def test_with_channels_first_convolutions_compute_the_same():
+    agent, other = (script.Agent(script.Args(cuda=False, bf16=False)) for _ in range(2))
+    other.load_state_dict(agent.state_dict())
+    evaluate.channels_first(other)
+    seen = []
+    for module in other.encoder.cnn.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: seen.extend([*inputs, module.weight, output]))
+    frames = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
+    torch.testing.assert_close(other.encoder(frames), agent.encoder(frames))
+    assert len(seen) == 3 * 15 and all(x.is_contiguous() for x in seen)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
