@@ -21,6 +21,7 @@ PIECE = 2**20  # numbers that are drawn at a time: memory is bounded
 COLUMNS = ("train", "test", "mixed", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
+NOTE_ON_DIFFERENCES = "Differences are on the same levels: they may be clear where the intervals of two models overlap."
 
 
 # Flags in which runs of one model may differ; `games` and `init_from` stand in their records, readable.
@@ -91,19 +92,20 @@ def summarize(returns, ranges):
     return dict(games=games, mean=mean)
 
 
-def bootstrap(scores, draws=DRAWS):
+def bootstrap(scores, draws=DRAWS, model=0):
     """Means over levels of the scores, and of samples drawn from their seeds and levels with replacement.
 
     scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds,
     games)}, where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the
     same for all seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes
     a seed good in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each
-    game alone.)
+    game alone.) Models of different numbers that played the same levels get the same levels, and seeds of their own: so
+    the differences of their samples are samples of their difference.
     """
-    rng = np.random.default_rng(0)
+    rng, rng_of_seeds = np.random.default_rng(0), np.random.default_rng([0, model])
     means = {column: [] for game in scores for column in game}
     seeds = len(next(iter(scores[0].values()))[0])
-    chosen = np.concatenate([np.arange(seeds)[None], rng.integers(seeds, size=(draws, seeds))])
+    chosen = np.concatenate([np.arange(seeds)[None], rng_of_seeds.integers(seeds, size=(draws, seeds))])
     for game in scores:
         for column, splits in game.items():
             total = 0.0
@@ -140,38 +142,59 @@ def interquartile_mean(x):
 def estimates(samples, statistic):
     """A statistic over seeds and games of the arrays that `bootstrap` returns, and how sure it is, for each column."""
     values = {column: statistic(x.reshape(len(x), -1)) for column, x in samples.items()}  # (1 + draws,)
-    each = {column: statistic(x[0]) for column, x in samples.items()}  # (seeds,)
-    for these in (values, each):
-        if "train" in these and "test" in these:
-            these["gap"] = these["train"] - these["test"]
-    for column, (value, *drawn) in values.items():
+    each = with_gap({column: statistic(x[0]) for column, x in samples.items()})  # (seeds,)
+    for row in intervals(values):
+        own = each[row["split"]]
+        yield row | dict(std=float(np.std(own, ddof=1)) if len(own) > 1 else None)
+
+
+def intervals(values):
+    """The value of each column, and of the gap, and where 95 % of its samples are, given both (1 + draws,)."""
+    for column, (value, *drawn) in with_gap(values).items():
         low, high = np.percentile(drawn, (2.5, 97.5))
-        std = float(np.std(each[column], ddof=1)) if len(each[column]) > 1 else None
-        yield dict(split=column, value=float(value), std=std, low=float(low), high=float(high))
+        yield dict(split=column, value=float(value), std=None, low=float(low), high=float(high))
 
 
-def entries(model, ranges, scores):
-    """The tables' entries for one model, dictionaries: for each game its return and its normalized return, and for all
-    games the mean and the interquartile mean of the normalized (in modes without range: of the returns) of all
-    seeds."""
-    samples, games = {"return": bootstrap(scores)}, list(ranges)
+def with_gap(columns):
+    both = "train" in columns and "test" in columns
+    return columns | dict(gap=columns["train"] - columns["test"]) if both else columns
+
+
+def sample(scores, ranges, model):
+    """{measure: what `bootstrap` returns}: returns and, if all games have a range, normalized returns."""
+    samples = {"return": bootstrap(scores, model=model)}
     if None not in ranges.values():
         low, high = np.array(list(ranges.values()), dtype=float).T
         samples["normalized"] = {column: (x - low) / (high - low) for column, x in samples["return"].items()}
+    return samples
+
+
+def entries(samples, games):
+    """The tables' entries for one model, dictionaries: for each game its return and its normalized return, and for all
+    games the mean and the interquartile mean of the normalized (in modes without range: of the returns) of all
+    seeds."""
     wanted = [(game, measure, mean, {column: x[..., [i]] for column, x in samples[measure].items()})
               for measure in samples for i, game in enumerate(games)]
     measure = list(samples)[-1]
     wanted += [("all", measure, mean, samples[measure]),
                ("all", f"{measure} IQM", interquartile_mean, samples[measure])]
-    seeds = len(next(iter(scores[0].values()))[0])
-    return [dict(model=model, seeds=seeds, game=game, measure=measure) | estimate
-            for game, measure, statistic, source in wanted for estimate in estimates(source, statistic)]
+    for game, measure, statistic, source in wanted:
+        for estimate in estimates(source, statistic):
+            yield dict(game=game, measure=measure) | estimate
+
+
+def difference(samples, other):
+    """The entries for a model's mean of all games minus another model's, on the same levels."""
+    measure = list(samples)[-1]
+    means, others = ({column: x.mean((1, 2)) for column, x in each[measure].items()} for each in (samples, other))
+    for row in intervals({column: means[column] - others[column] for column in means}):
+        yield dict(game="all", measure=f"{measure} difference") | row
 
 
 def tabulate(runs):
-    """The entries of both tables. Runs of the same model are its seeds."""
-    rows = []
-    for model in dict.fromkeys(run.model for run in runs):
+    """The entries of the tables. Runs of the same model are its seeds."""
+    rows, played = [], {}
+    for number, model in enumerate(dict.fromkeys(run.model for run in runs)):
         group = [run for run in runs if run.model == model]
         first = group[0].records[0]
         scores = {game: {} for game in first["games"]}
@@ -179,10 +202,15 @@ def tabulate(runs):
             for game, columns in scores.items():
                 returns = np.array([record["games"][game]["returns"] for record in records])  # (seeds, levels)
                 columns.setdefault(records[0]["column"], []).append(returns)
+        samples = sample(list(scores.values()), {game: row["range"] for game, row in first["games"].items()}, number)
         about = dict(steps=" ".join(str(run.records[0]["step"]) for run in group), levels=levels(group[0]),
                      **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
-        ranges = {game: found["range"] for game, found in first["games"].items()}
-        rows += [row | about for row in entries(model, ranges, list(scores.values()))]
+        rows += [dict(model=model, minus=None, seeds=len(group)) | row | about for row in entries(samples, scores)]
+        played[model] = samples, about
+    for (model, (samples, about)), (other, (other_samples, about_other)) in itertools.combinations(played.items(), 2):
+        if about["levels"] == about_other["levels"]:
+            rows += [dict(model=model, minus=other, seeds=None) | row | about | dict(steps=None)
+                     for row in difference(samples, other_samples)]
     return rows
 
 
@@ -201,9 +229,9 @@ def labels(models):
 
 
 def cells(rows):
-    """The two tables, per game and aggregated, as lists of lists of strings; the first is the head."""
+    """The tables, per game, aggregated and of differences, as lists of lists of strings; the first is the head."""
     label = labels([row["model"] for row in rows])
-    found = {(row["game"], row["measure"], row["model"], row["split"]): row for row in rows}
+    found = {(row["game"], row["measure"], row["model"], row["split"]): row for row in rows if not row["minus"]}
     columns = [column for column in COLUMNS if any(row["split"] == column for row in rows)]
     games = [["game", "model", "seeds", *columns, "normalized"]]
     aggregated = [["all games", "model", "seeds", *columns]]
@@ -219,7 +247,14 @@ def cells(rows):
             plain = [found.get((game, "normalized", model, column)) for column in columns]
             normalized = " / ".join("-" if row is None else f"{row['value']:.3f}" for row in plain)
             games.append([game, label[model], seeds, *(cell(row, 2) for row in entry.values()), normalized])
-    return games, aggregated
+    pairs = {}
+    for row in rows:
+        if row["minus"]:
+            pairs.setdefault((row["measure"], row["model"], row["minus"]), {})[row["split"]] = row
+    differences = [["all games", "model", "minus", *columns]]
+    differences += [[measure, label[model], label[other], *(cell(pair.get(column), 3) for column in columns)]
+                    for (measure, model, other), pair in pairs.items()]
+    return [games, aggregated] + [differences] * bool(pairs)
 
 
 def levels(run):
@@ -240,12 +275,16 @@ def describe(runs):
                f"{record['distribution_mode']}, levels {levels(run)}; {actions} actions, {precision}")
 
 
+def notes(rows):
+    return " ".join([NOTE, NOTE_ON_DIFFERENCES] if any(row["minus"] for row in rows) else [NOTE])
+
+
 def text(runs, rows):
     parts = ["\n".join(describe(runs))]
     for table in cells(rows):
         widths = [max(map(len, column)) for column in zip(*table)]
         parts.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table))
-    return "\n\n".join([*parts, NOTE])
+    return "\n\n".join([*parts, notes(rows)])
 
 
 def markdown(runs, rows):
@@ -254,7 +293,7 @@ def markdown(runs, rows):
         body = [[word.replace("|", "&#124;") for word in line] for line in body]  # or it would begin a column
         lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *body]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join([*parts, NOTE])
+    return "\n\n".join([*parts, notes(rows)])
 
 
 def comma_separated(runs, rows):

@@ -288,8 +288,10 @@ def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, cap
     capsys.readouterr()
     score(*runs, "--env", "fruitbot", "--num-levels", 1, "--format", "csv")
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert {(row["model"], row["seeds"]) for row in rows} == {
+    assert {(row["model"], row["seeds"]) for row in rows if not row["minus"]} == {
         ("srwm", "2"), ("srwm --no-carry-state", "1"), ("lstm", "1")}
+    assert [(row["model"], row["minus"]) for row in rows if row["minus"]] == [
+        ("srwm", "srwm --no-carry-state"), ("srwm", "lstm"), ("srwm --no-carry-state", "lstm")]
     assert {bool(row["std"]) for row in rows if row["seeds"] == "2"} == {True}
     assert {bool(row["std"]) for row in rows if row["seeds"] == "1"} == {False}
 
@@ -444,6 +446,34 @@ def test_text_and_markdown_say_the_same():
     for line in [line for table in tables.cells(rows) for line in table]:
         assert f"| {' | '.join(line)} |" in markdown
         assert any(all(cell in row for cell in line) for row in text.splitlines())
+
+
+def test_models_are_compared_level_by_level_and_each_with_its_own_seeds():
+    """Levels that differ do not blur a difference that is the same on each. Seeds do: if one of two seeds is better by 2,
+    in both models, then the mean of one model's is better by 2, 1 or 0 in a sample, or worse."""
+    rng = np.random.default_rng(0)
+    levels = [rng.uniform(5, 8, size=(2, 50)).tolist() for _ in range(3)]
+
+    def compare(first, second):
+        runs = [known_run(model, [[[x + more for x in game] for game in split] for split in levels])
+                for model, seeds in (("a", first), ("b", second)) for more in seeds]
+        rows = tables.tabulate(runs)
+        pairs = [row for row in rows if row["minus"]]
+        assert {(row["model"], row["minus"], row["measure"]) for row in pairs} == {("a", "b", "normalized difference")}
+        return {row["split"]: (row["value"], row["low"], row["high"]) for row in pairs}, tables.text(runs, rows)
+
+    scale = (1 / 5 + 1 / 39) / 2  # of maze's and bigfish's ranges
+    found, text = compare([1], [0])
+    assert found["train"] == pytest.approx((scale, scale, scale)) and found["test"] == pytest.approx(found["train"])
+    assert found["gap"] == pytest.approx((0, 0, 0), abs=1e-9) and "normalized difference  a      b" in text
+    found, _ = compare([0, 2], [0, 2])
+    assert found["train"] == pytest.approx((0, -2 * scale, 2 * scale), abs=1e-9)
+
+
+def test_models_that_played_different_levels_are_not_compared():
+    other = known_run("lstm", [[[10.0], [40.0]]] * 3)
+    other.records = [record | dict(start_level=record["start_level"] + 7) for record in other.records]
+    assert not any(row["minus"] for row in tables.tabulate([*RUNS, other]))
 
 
 # Five seeds of three games. Of these rliable 1.2.0 gives for aggregate_mean 0.52, and for aggregate_iqm 0.46667.
