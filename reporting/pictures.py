@@ -23,7 +23,7 @@ GIF_COLORS = (128, 64, 32, 16, 8)  # to try, until it has no more
 ENDINGS = {"plot": (".png", ".pdf", ".svg"), "video": (".mp4", ".gif"), "probe": (".png", ".pdf", ".svg")}
 COLORS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#c99a2e", "#5f6b73", "#b5578b", "#3aa6a0")
 GOOD, BAD = "#2e8b57", "#c8102e"  # rewards
-ALPHA = {"train": 0.35, "mixed": 0.65, "test": 1.0}  # of a split's bars
+ALPHA = {"train": 0.4, "mixed": 0.7, "test": 1.0}  # of a split's scores
 RATES = (r"$\beta_y$, learning rate of the output's columns", r"$\beta_q$, of the query's columns",
          r"$\beta_k$, of the key's", r"$\beta_\beta$, of the learning rates' own")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
@@ -167,8 +167,8 @@ def curves(folder):
 
 
 def plot(runs, rows, scalars, target):
-    """Draws the returns of training and, if a run has any, of validation, and the scores of each split. scalars: what
-    `curves` returns, of each run."""
+    """Draws the returns of training and, if a run has any, of validation, and beside them the scores of each split: the
+    mean of all games, and each game. scalars: what `curves` returns, of each run."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
@@ -179,61 +179,69 @@ def plot(runs, rows, scalars, target):
     games = list(runs[0].records[0]["games"])
     across = min(3, len(games))
     down = math.ceil(len(games) / across)
-    figure = plt.figure(figsize=(12, 4 + 2.4 * down), layout="constrained")
+    names = [textwrap.fill(model, 170) for model in models]
+    legend = 0.15 * sum(name.count("\n") + 1 for name in names)  # inches
+    figure = plt.figure(figsize=(12, 4 + 2.4 * down + legend), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(4, 2.4 * down))
-    left, right = top.subplots(1, 2, width_ratios=(2, 3))
     measure = "normalized" if any(row["measure"] == "normalized" for row in rows) else "return"
     mean = "normalized_return/mean" if measure == "normalized" else "return/mean"
-    draw_curves(left, found, mean, colors)
-    left.set_title(f"{mean.split('/')[0].replace('_', ' ')} over training games (dashed: validation)")
-    draw_bars(right, [row for row in rows if row["measure"] == measure and row["split"] != "gap"], models, colors)
-    right.set_title(f"{'normalized ' if measure == 'normalized' else ''}return with 95 % intervals (pale: training levels)")
-    if len(games) > 1 or measure == "normalized":
-        for axis, game in itertools.zip_longest(bottom.subplots(down, across, squeeze=False).flat, games):
-            if game is None:
-                axis.set_axis_off()
-            else:
-                draw_curves(axis, found, f"return/{game}", colors)
-                axis.set_title(f"{game}, return")
-    handles, labels = right.get_legend_handles_labels()
-    labels = [textwrap.fill(label, 170).replace("$", r"\$") for label in labels]  # between two, it would be mathematics
-    figure.legend(handles, labels, loc="outside lower left", ncols=1 if max(map(len, labels)) > 80 else 2, fontsize=8)
+    name = f"{mean.split('/')[0].replace('_', ' ')}, mean of all games (running means; dashed: validation)"
+    scores = draw_panel(top, name, found, mean, [row for row in rows if (row["game"], row["measure"]) == ("all", measure)],
+                        colors)
+    scores.set_title("scores, 95 % intervals\n(pale: training levels)", loc="left")
+    for panel, game in zip(bottom.subfigures(down, across, squeeze=False).flat, games):
+        these = [row for row in rows if (row["game"], row["measure"]) == (game, "return")]
+        draw_panel(panel, f"{game}, return", found, f"return/{game}", these, colors)
+    handles, _ = scores.get_legend_handles_labels()
+    names = [name.replace("$", r"\$") for name in names]  # between two, it would be mathematics
+    figure.legend(handles, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 80 else 2, fontsize=8)
     figure.savefig(target)
     plt.close(figure)
+
+
+def draw_panel(figure, title, found, tag, rows, colors):
+    """A learning curve and, on the same scale, scores. Returns the axes of the latter."""
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    draw_curves(left, found, tag, colors)
+    left.set_title(title, loc="left")
+    draw_scores(right, rows, colors)
+    return right
 
 
 def draw_curves(axis, found, tag, colors):
     for model, color in colors.items():
         for name, line in ((tag, "-"), (f"valid_{tag}", "--")):
             seeds = [scalars[name] for its_model, scalars in found if its_model == model and name in scalars]
+            seeds = [(steps, running_mean(values)) for steps, values in seeds]
             for steps, values in seeds:
-                axis.plot(steps / 1e6, values, line, color=color, linewidth=0.6 if len(seeds) > 1 else 1.6, alpha=0.8)
+                axis.plot(steps / 1e6, values, line, color=color, linewidth=0.4 if len(seeds) > 1 else 1.6, alpha=0.8)
             if len(seeds) > 1:  # and their mean, as far as all of them reach
                 steps = seeds[0][0][seeds[0][0] <= min(steps[-1] for steps, _ in seeds)]
                 mean = np.mean([np.interp(steps, *seed) for seed in seeds], axis=0)
-                axis.plot(steps / 1e6, mean, line, color=color, linewidth=2)
+                axis.plot(steps / 1e6, mean, line, color=color, linewidth=1.6)
     axis.set_xlabel("steps, millions")
     if not axis.lines:
         axis.text(0.5, 0.5, f"no {tag} in TensorBoard files\nbeside the checkpoint", ha="center", va="center",
                   transform=axis.transAxes, color="#666666")
 
 
-def draw_bars(axis, rows, models, colors):
-    """For each game, and for all, a bar for each model and split; the more of its levels were trained on, the paler."""
-    games = list(dict.fromkeys(row["game"] for row in rows))
-    bars = list(dict.fromkeys((row["model"], row["split"]) for row in rows))
-    width, last = 0.8 / len(bars), dict(bars)  # split of each model, which is in the legend
-    for i, (model, split) in enumerate(bars):
-        these = [row for row in rows if (row["model"], row["split"]) == (model, split)]
-        x = [games.index(row["game"]) + (i - (len(bars) - 1) / 2) * width for row in these]
-        value, low, high = (np.array([row[key] for row in these]) for key in ("value", "low", "high"))
-        label = model if last[model] == split else None
-        axis.bar(x, value, width * 0.92, color=colors[model], alpha=ALPHA[split], label=label)
-        errors = np.abs([value - low, high - value])
-        axis.errorbar(x, value, errors, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-    axis.set_xticks(range(len(games)), [*games[:-1], "all"])
-    axis.axhline(0, color="#333333", linewidth=0.8)
-    axis.grid(axis="x", visible=False)
+def running_mean(values):
+    """The mean of each value and its neighbours, as many to either side as one in 40."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def draw_scores(axis, rows, colors):
+    """A point for each model and split, the paler the more of its levels were trained on."""
+    rows = [row for row in rows if row["split"] != "gap"]
+    models, splits = list(colors), list(dict.fromkeys(row["split"] for row in rows))
+    last = {row["model"]: row["split"] for row in rows}  # which is in the legend
+    for row in rows:
+        x = models.index(row["model"]) + 0.5 * (splits.index(row["split"]) + 0.5) / len(splits) - 0.25
+        errors = np.abs([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+        axis.errorbar(x, row["value"], errors, fmt="o", markersize=4, elinewidth=1, capsize=2, color=colors[row["model"]],
+                      alpha=ALPHA[row["split"]], label=row["model"] if row["split"] == last[row["model"]] else None)
+    axis.set(xticks=[], xlim=(-0.5, len(colors) - 0.5))
 
 
 def record(function, script):

@@ -141,12 +141,34 @@ def test_many_models_with_odd_names_are_told_apart(tmp_path, drawn, monkeypatch)
     models = [f"srwm {'--a-long-flag 1 ' * 20}--exp-name a$x_{{$b{n}" for n in range(12)]
     record = dict(games=dict.fromkeys(["maze"]))
     runs = [SimpleNamespace(model=model, records=[record]) for model in models]
-    entry = dict(game="maze", measure="return", split="test", value=1.0, low=0.0, high=2.0)
-    rows = [entry | dict(model=model) for model in models]
+    entry = dict(measure="return", split="test", value=1.0, low=0.0, high=2.0)
+    rows = [entry | dict(model=model, game=game) for model in models for game in ("maze", "all")]
     pictures.plot(runs, rows, [{"return/mean": np.array([[0, 1], [0, 1]])}] * 12, tmp_path / "plot.png")
     texts = [text.get_text() for text in legends[0].get_texts()]
     assert len(set(texts)) == 12 and max(len(line) for text in texts for line in text.splitlines()) < 180
     assert len({tuple(line.get_color()) for line in drawn[0].lines}) == 12
+
+
+@needs_matplotlib
+def test_scores_are_points_of_their_models_the_paler_the_more_was_trained_on():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    rows = [dict(model=model, split=split, value=value, low=value - 1, high=value + 2) for model, split, value in (
+        ("a", "train", 5.0), ("a", "test", 3.0), ("a", "gap", 2.0), ("b", "train", 7.0), ("b", "test", 4.0))]
+    pictures.draw_scores(axis, rows, {"a": "red", "b": "blue"})
+    points = [(bar.lines[0].get_color(), bar.lines[0].get_alpha(), *bar.lines[0].get_ydata()) for bar in axis.containers]
+    assert points == [("red", 0.4, 5), ("red", 1, 3), ("blue", 0.4, 7), ("blue", 1, 4)]
+    assert [bar.lines[2][0].get_segments()[0][:, 1].tolist() for bar in axis.containers][:2] == [[4, 7], [2, 5]]
+    assert axis.get_legend_handles_labels()[1] == ["a", "b"]
+
+
+def test_a_curve_is_drawn_as_means_of_neighbours():
+    assert pictures.running_mean(np.arange(10.0)).tolist() == list(range(10))
+    values = np.zeros(80)
+    values[[0, 40]] = 15
+    found = pictures.running_mean(values)
+    assert found[:5] == pytest.approx([5, 3.75, 3, 0, 0]) and found[37:44] == pytest.approx([0, 3, 3, 3, 3, 3, 0])
 
 
 @needs_matplotlib
