@@ -39,10 +39,10 @@ import tyro
 from reporting import tables
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
-SLOTS = {"cpu": 32, "cuda": 256}  # environments that a policy plays at once: its batch
+SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
 VECTOR = {"cpu": 4, "cuda": 64}  # how many of them play the same game
 ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
-TURNS = {"cpu": 1, "cuda": 2}  # policies that a thread plays by turns: some act while the environments of others move
+TURNS = {"cpu": 1, "cuda": 3}  # policies that a thread plays by turns: some act while the environments of others move
 
 
 @dataclass

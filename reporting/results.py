@@ -150,6 +150,16 @@ def tables_of(folders):
     return found
 
 
+def best_first(runs):
+    """The runs in the order of their models' scores: the mean over games, splits and seeds of normalized returns or, in
+    modes without range, of returns."""
+    scores = {}
+    for run in runs:
+        means = [record["mean"].get("normalized", record["mean"]["mean_return"]) for record in run.records]
+        scores.setdefault(run.model, []).append(np.mean(means))
+    return sorted(runs, key=lambda run: (-np.mean(scores[run.model]), run.path))
+
+
 def report():
     """Makes tables and plots of all that is kept in results/: README.md there, and a picture for each table."""
     found = tables_of(sorted(path for path in RESULTS.glob("*") if path.is_dir()))
@@ -159,7 +169,7 @@ def report():
     parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command "
              "line is in its `arguments.json`."]
     for mode, actions, *rest in sorted(found, key=lambda setting: -len(found[setting])):
-        runs = found[mode, actions, *rest]
+        runs = best_first(found[mode, actions, *rest])
         rows, picture = tables.tabulate(runs), RESULTS / f"{mode}_{actions.replace(' ', '_')}.png"
         if same := sum(part.startswith(f"## {mode}") and part.endswith(f"{actions} actions") for part in parts):
             picture = picture.with_stem(f"{picture.stem}_{same + 1}")  # of other games or levels

@@ -105,6 +105,16 @@ def test_seeds_are_one_model_whatever_the_version_of_the_script_and_other_levels
         (("fruitbot",), False, ((1200, 1),)): ["srwm", "srwm"]}
 
 
+def test_the_best_model_comes_first_with_all_its_seeds_and_returns_count_where_nothing_is_normalized():
+    def run(model, path, **mean):
+        records = [dict(mean=mean | dict(mean_return=value)) for value in (1.0, 2.0)]
+        return results.Scored(Path(path), records, model)
+
+    runs = [run("a", "1", normalized=0.3), run("b", "2", normalized=0.1), run("a", "3", normalized=0.1),
+            run("b", "4", normalized=0.5), run("c", "5")]
+    assert [scored.path.name for scored in results.best_first(runs)] == ["5", "2", "4", "1", "3"]
+
+
 def test_no_level_counts_twice_and_splits_of_different_sizes_share_a_table(scored, command, capsys):
     record = json.loads((scored / "evaluation_easy_1000_1.json").read_text())
     for file, first, count in (("again", 1000, 1), ("more", 1000, 3), ("other", 1200, 2), ("overlapping", 1201, 2)):
