@@ -1,4 +1,4 @@
-"""Scores agents: plays each level of one or more splits exactly once per game, and prints two tables.
+"""Scores agents: plays each level of one or more splits exactly once per game, and prints tables.
 
     python evaluate.py runs/A runs/B --splits paper    training levels and the three test splits, all runs in one table
     python evaluate.py --start-level 1000              newest checkpoint under runs/, levels 1000 to 1199

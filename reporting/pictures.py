@@ -185,14 +185,16 @@ def plot(runs, rows, scalars, target):
     top, bottom = figure.subfigures(2, 1, height_ratios=(4, 2.4 * down))
     measure = "normalized" if any(row["measure"] == "normalized" for row in rows) else "return"
     mean = "normalized_return/mean" if measure == "normalized" else "return/mean"
-    name = f"{mean.split('/')[0].replace('_', ' ')}, mean of all games (running means; dashed: validation)"
+    name = f"{mean.split('/')[0].replace('_', ' ')}, mean of the training games (running means; dashed: validation)"
     scores = draw_panel(top, name, found, mean, [row for row in rows if (row["game"], row["measure"]) == ("all", measure)],
                         colors)
-    scores.set_title("scores, 95 % intervals\n(pale: training levels)", loc="left")
-    for panel, game in zip(bottom.subfigures(down, across, squeeze=False).flat, games):
-        these = [row for row in rows if (row["game"], row["measure"]) == (game, "return")]
-        draw_panel(panel, f"{game}, return", found, f"return/{game}", these, colors)
-    handles, _ = scores.get_legend_handles_labels()
+    number = f"mean of {len(games)} games" if len(games) > 1 else games[0]
+    scores.set_title(f"scores, {number}, 95 % intervals\n(pale: training levels)", loc="left")
+    if len(games) > 1 or measure == "normalized":
+        for panel, game in zip(bottom.subfigures(down, across, squeeze=False).flat, games):
+            these = [row for row in rows if (row["game"], row["measure"]) == (game, "return")]
+            draw_panel(panel, f"{game}, return", found, f"return/{game}", these, colors)
+    handles = [points for points in scores.containers if points.get_label() in models]
     names = [name.replace("$", r"\$") for name in names]  # between two, it would be mathematics
     figure.legend(handles, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 80 else 2, fontsize=8)
     figure.savefig(target)
@@ -234,7 +236,7 @@ def running_mean(values):
 def draw_scores(axis, rows, colors):
     """A point for each model and split, the paler the more of its levels were trained on."""
     rows = [row for row in rows if row["split"] != "gap"]
-    models, splits = list(colors), list(dict.fromkeys(row["split"] for row in rows))
+    models, splits = list(colors), [split for split in ALPHA if any(row["split"] == split for row in rows)]
     last = {row["model"]: row["split"] for row in rows}  # which is in the legend
     for row in rows:
         x = models.index(row["model"]) + 0.5 * (splits.index(row["split"]) + 0.5) / len(splits) - 0.25

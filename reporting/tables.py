@@ -102,7 +102,7 @@ def bootstrap(scores, draws=DRAWS, model=0):
     game alone.) Models of different numbers that played the same levels get the same levels, and seeds of their own: so
     the differences of their samples are samples of their difference.
     """
-    rng, rng_of_seeds = np.random.default_rng(0), np.random.default_rng([0, model])
+    rng, rng_of_seeds = np.random.default_rng(0), np.random.default_rng([0, 1 + model])  # ([0, 0] is 0)
     means = {column: [] for game in scores for column in game}
     seeds = len(next(iter(scores[0].values()))[0])
     chosen = np.concatenate([np.arange(seeds)[None], rng_of_seeds.integers(seeds, size=(draws, seeds))])
@@ -183,10 +183,8 @@ def entries(samples, games):
             yield dict(game=game, measure=measure) | estimate
 
 
-def difference(samples, other):
-    """The entries for a model's mean of all games minus another model's, on the same levels."""
-    measure = list(samples)[-1]
-    means, others = ({column: x.mean((1, 2)) for column, x in each[measure].items()} for each in (samples, other))
+def difference(means, others, measure):
+    """The entries for one model minus another on the same levels, of their samples of the mean of seeds and games."""
     for row in intervals({column: means[column] - others[column] for column in means}):
         yield dict(game="all", measure=f"{measure} difference") | row
 
@@ -206,11 +204,11 @@ def tabulate(runs):
         about = dict(steps=" ".join(str(run.records[0]["step"]) for run in group), levels=levels(group[0]),
                      **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
         rows += [dict(model=model, minus=None, seeds=len(group)) | row | about for row in entries(samples, scores)]
-        played[model] = samples, about
-    for (model, (samples, about)), (other, (other_samples, about_other)) in itertools.combinations(played.items(), 2):
-        if about["levels"] == about_other["levels"]:
-            rows += [dict(model=model, minus=other, seeds=None) | row | about | dict(steps=None)
-                     for row in difference(samples, other_samples)]
+        measure = list(samples)[-1]
+        played[model] = {column: x.mean((1, 2)) for column, x in samples[measure].items()}, about | dict(steps=None)
+    for (model, (means, about)), (other, (others, about_other)) in itertools.combinations(played.items(), 2):
+        if about == about_other:  # the same levels, in the same columns
+            rows += [dict(model=model, minus=other, seeds=None) | row | about for row in difference(means, others, measure)]
     return rows
 
 

@@ -1,6 +1,7 @@
 """The pictures of an evaluation: films in which something happens, and drawings of what was there."""
 
 import importlib.util
+import itertools
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,36 @@ def test_many_models_with_odd_names_are_told_apart(tmp_path, drawn, monkeypatch)
 
 
 @needs_matplotlib
+def test_each_game_has_its_curve_and_its_scores_on_one_scale(tmp_path, drawn, monkeypatch):
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    scores, legends, draw_scores, legend = [], [], pictures.draw_scores, Figure.legend
+    monkeypatch.setattr(pictures, "draw_scores", lambda axis, *rest: scores.append(axis) or draw_scores(axis, *rest))
+    monkeypatch.setattr(Figure, "legend", lambda figure, *words, **options: legends.append(legend(figure, *words, **options)))
+    games, models, measures = ["maze", "heist"], ["_mine", "lstm", "ff"], ["return", "normalized", "normalized IQM"]
+    value = {key: number for number, key in enumerate(itertools.product([*games, "all"], measures, models))}
+    rows = [dict(game=game, measure=measure, model=model, split="test", value=x, low=x, high=x)
+            for (game, measure, model), x in value.items()]
+    runs = [SimpleNamespace(model=model, records=[dict(games=dict.fromkeys(games))]) for model in models for _ in range(2)]
+    values = np.zeros(80)
+    values[40] = 5
+    tags = ["normalized_return/mean", "return/maze", "return/heist"]
+    pictures.plot(runs, rows, [{tag: np.array([range(80), values]) for tag in tags}] * 6, tmp_path / "plot.png")
+    points = [[float(bar.lines[0].get_ydata()[0]) for bar in axis.containers] for axis in scores]
+    shown = [("all", "normalized"), ("maze", "return"), ("heist", "return")]
+    assert points == [[value[game, measure, model] for model in models] for game, measure in shown]
+    assert all(left.get_shared_y_axes().joined(left, right) for left, right in zip(drawn, scores, strict=True))
+    x = [float(bar.lines[0].get_xdata()[0]) for bar in scores[0].containers]
+    assert x == sorted(set(x))
+    named = [(text.get_text(), to_hex(handle.get_edgecolor()[0]))
+             for text, handle in zip(legends[0].get_texts(), legends[0].legend_handles, strict=True)]
+    assert named == list(zip(models, pictures.COLORS)) and len(drawn[0].lines) == 9
+    thin, *_, mean = drawn[0].lines[:3]
+    assert thin.get_linewidth() < mean.get_linewidth() and max(mean.get_ydata()) == pytest.approx(1)  # of five values
+
+
+@needs_matplotlib
 def test_scores_are_points_of_their_models_the_paler_the_more_was_trained_on():
     from matplotlib.figure import Figure
 
@@ -161,6 +192,8 @@ def test_scores_are_points_of_their_models_the_paler_the_more_was_trained_on():
     assert points == [("red", 0.4, 5), ("red", 1, 3), ("blue", 0.4, 7), ("blue", 1, 4)]
     assert [bar.lines[2][0].get_segments()[0][:, 1].tolist() for bar in axis.containers][:2] == [[4, 7], [2, 5]]
     assert axis.get_legend_handles_labels()[1] == ["a", "b"]
+    x = [bar.lines[0].get_xdata()[0] for bar in axis.containers]
+    assert x == sorted(set(x))
 
 
 def test_a_curve_is_drawn_as_means_of_neighbours():
