@@ -99,16 +99,16 @@ def bootstrap(scores, draws=DRAWS, model=0):
     games)}, where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the
     same for all seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes
     a seed good in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each
-    game alone.) Models of different numbers that played the same levels get the same levels, and seeds of their own: so
+    game alone.) Models of different numbers that played the same splits get the same levels, and seeds of their own: so
     the differences of their samples are samples of their difference.
     """
-    rng, rng_of_seeds = np.random.default_rng(0), np.random.default_rng([0, 1 + model])  # ([0, 0] is 0)
     means = {column: [] for game in scores for column in game}
     seeds = len(next(iter(scores[0].values()))[0])
-    chosen = np.concatenate([np.arange(seeds)[None], rng_of_seeds.integers(seeds, size=(draws, seeds))])
-    for game in scores:
+    its_own = np.random.default_rng([0, 1 + model])
+    chosen = np.concatenate([np.arange(seeds)[None], its_own.integers(seeds, size=(draws, seeds))])
+    for number, game in enumerate(scores):
         for column, splits in game.items():
-            total = 0.0
+            rng, total = np.random.default_rng([1, number, COLUMNS.index(column)]), 0.0
             for x in splits:
                 sampled = np.concatenate([sample_levels(x, count, rng) for count in pieces(draws, x.shape[1])])
                 total = total + np.take_along_axis(np.concatenate([x.mean(-1)[None], sampled]), chosen, axis=1)
@@ -183,12 +183,6 @@ def entries(samples, games):
             yield dict(game=game, measure=measure) | estimate
 
 
-def difference(means, others, measure):
-    """The entries for one model minus another on the same levels, of their samples of the mean of seeds and games."""
-    for row in intervals({column: means[column] - others[column] for column in means}):
-        yield dict(game="all", measure=f"{measure} difference") | row
-
-
 def tabulate(runs):
     """The entries of the tables. Runs of the same model are its seeds."""
     rows, played = [], {}
@@ -205,10 +199,13 @@ def tabulate(runs):
                      **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
         rows += [dict(model=model, minus=None, seeds=len(group)) | row | about for row in entries(samples, scores)]
         measure = list(samples)[-1]
-        played[model] = {column: x.mean((1, 2)) for column, x in samples[measure].items()}, about | dict(steps=None)
-    for (model, (means, about)), (other, (others, about_other)) in itertools.combinations(played.items(), 2):
-        if about == about_other:  # the same levels, in the same columns
-            rows += [dict(model=model, minus=other, seeds=None) | row | about for row in difference(means, others, measure)]
+        means = {(column, *splits_of(group[0], column)): x.mean((1, 2)) for column, x in samples[measure].items()}
+        played[model] = means, about | dict(steps=None)
+    for (model, (means, about)), (other, (others, _)) in itertools.combinations(played.items(), 2):
+        values = {column: x - others[column, *splits] for (column, *splits), x in means.items()
+                  if (column, *splits) in others}
+        rows += [dict(model=model, minus=other, seeds=None, game="all", measure=f"{measure} difference") | row | about
+                 for row in intervals(values)]
     return rows
 
 
@@ -258,6 +255,11 @@ def cells(rows):
 def levels(run):
     parts = [(record["start_level"], record["num_levels"], record["column"]) for record in run.records]
     return ", ".join(f"{first} to {first + count - 1} ({column})" for first, count, column in parts)
+
+
+def splits_of(run, column):
+    """(first level, number of levels) of each split in a column."""
+    return [(record["start_level"], record["num_levels"]) for record in run.records if record["column"] == column]
 
 
 def describe(runs):

@@ -472,10 +472,19 @@ def test_models_are_compared_level_by_level_and_each_with_its_own_seeds():
     assert found["train"] == pytest.approx((0, -2 * scale, 2 * scale), abs=1e-9)
 
 
-def test_models_that_played_different_levels_are_not_compared():
-    other = known_run("lstm", [[[10.0], [40.0]]] * 3)
-    other.records = [record | dict(start_level=record["start_level"] + 7) for record in other.records]
-    assert not any(row["minus"] for row in tables.tabulate([*RUNS, other]))
+@pytest.mark.parametrize("changed, compared", [(0, {"test"}), (1, {"train"})])
+def test_models_are_compared_in_the_columns_of_which_they_played_the_same_levels(changed, compared):
+    """Level by level there too, whatever number of levels they played in other columns."""
+    rng = np.random.default_rng(0)
+    splits = [rng.uniform(5, 8, size=(2, 50)).tolist() for _ in range(3)]
+    other = [[[x + 1 for x in game] for game in split] for split in splits]
+    other[changed] = [game[:30] for game in other[changed]]
+    runs = [known_run("a", splits), known_run("b", other)]
+    runs[1].records[changed] |= dict(start_level=5000, num_levels=30)
+    found = [row for row in tables.tabulate(runs) if row["minus"]]
+    assert {row["split"] for row in found} == compared
+    assert [row["low"] for row in found] == pytest.approx([row["high"] for row in found])
+    assert "b" in tables.text(runs, tables.tabulate(runs)).splitlines()[-3]
 
 
 # Five seeds of three games. Of these rliable 1.2.0 gives for aggregate_mean 0.52, and for aggregate_iqm 0.46667.
@@ -568,6 +577,13 @@ evaluate.open_streams()
 evaluate.show("runs/a\\n" * 20_000 + tables.NOTE)
 """)
     return f"-c 'exec(open(\"{tmp_path / 'program.py'}\").read())'"
+
+
+def test_levels_of_each_game_and_column_are_drawn_apart():
+    x = np.random.default_rng(0).normal(size=(1, 400))
+    samples = tables.bootstrap([{"train": [x], "test": [x]}] * 2)
+    means = np.concatenate([samples["train"][1:, 0], samples["test"][1:, 0]], axis=1)  # (draws, columns and games)
+    assert np.abs(np.corrcoef(means.T) - np.eye(4)).max() < 0.05
 
 
 def test_seeds_are_drawn_apart_from_levels():
