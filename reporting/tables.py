@@ -200,7 +200,7 @@ def tabulate(runs):
         rows += [dict(model=model, minus=None, seeds=len(group)) | row | about for row in entries(samples, scores)]
         measure = list(samples)[-1]
         means = {(column, *splits_of(group[0], column)): x.mean((1, 2)) for column, x in samples[measure].items()}
-        played[model] = means, about | dict(steps=None)
+        played[model] = means, about | dict(steps=None, levels=None)  # which the rows of both models have
     for (model, (means, about)), (other, (others, _)) in itertools.combinations(played.items(), 2):
         values = {column: x - others[column, *splits] for (column, *splits), x in means.items()
                   if (column, *splits) in others}

@@ -484,7 +484,9 @@ def test_models_are_compared_in_the_columns_of_which_they_played_the_same_levels
     found = [row for row in tables.tabulate(runs) if row["minus"]]
     assert {row["split"] for row in found} == compared
     assert [row["low"] for row in found] == pytest.approx([row["high"] for row in found])
-    assert "b" in tables.text(runs, tables.tabulate(runs)).splitlines()[-3]
+    words = tables.text(runs, tables.tabulate(runs)).splitlines()[-3].split()
+    assert words[:4] == ["normalized", "difference", "a", "b"] and words[-1] == "-"
+    assert {row["levels"] for row in found} == {None}  # those of both models stand in their rows
 
 
 # Five seeds of three games. Of these rliable 1.2.0 gives for aggregate_mean 0.52, and for aggregate_iqm 0.46667.
