@@ -35,8 +35,11 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from cffi import FFI
 
 from reporting import tables
+
+FFI.dlopen = functools.cache(FFI.dlopen)  # gym3 opens the library for each engine: half of the time to make one
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
@@ -178,16 +181,19 @@ def load_run(path, args):
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
     if len(set(games)) < len(games):
         raise ValueError(f"--env must name each game once, got {' '.join(games)}")
-    splits = choose_splits(args, mode, games, script, history)
-    agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
-    script.load_weights(agent, checkpoint)
+    splits, played = choose_splits(args, mode, games, script, history), replace(trained, distribution_mode=mode)
+    with ThreadPoolExecutor() as pool:
+        engine = pool.submit(script.make_envs, played, games, len(games), seed=0)  # loads its pictures meanwhile
+        agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
+        script.load_weights(agent, checkpoint)
+        engine.result()  # fails early if procgen cannot start
     if args.cuda and not trained.bf16:
         channels_first(agent)
     about = describe(path, script, checkpoint, history)
     if about["run"] and about["code"] != hashlib.sha256(script.SOURCE.encode()).hexdigest()[:8]:
         print(f"note: {about['script']} has changed since it trained {path}, whose folder has a copy of it as it was",
               file=sys.stderr)
-    return Run(path, script, trained, replace(trained, distribution_mode=mode), games, agent, splits, about)
+    return Run(path, script, trained, played, games, agent, splits, about)
 
 
 def channels_first(agent):
@@ -268,10 +274,9 @@ def prepare(args):
     for path, count in Counter(record_path(run, args, split) for run in runs for split in run.splits).items():
         if count > 1:
             raise ValueError(f"runs must be files of different names, since the scores of {path.stem} have one place")
-    first, abouts = runs[0], [run.about for run in runs]
-    first.script.make_envs(first.args, first.games, len(first.games), seed=0)  # fail early if procgen cannot start
+    abouts = [run.about for run in runs]
     if args.probe:
-        pictures.check_probe(first)
+        pictures.check_probe(runs[0])
     names = tables.name_models(abouts)
     for run, name in zip(runs, names):
         run.model = name
