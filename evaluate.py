@@ -35,11 +35,8 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from cffi import FFI
 
 from reporting import tables
-
-FFI.dlopen = functools.cache(FFI.dlopen)  # gym3 opens the library for each engine: half of the time to make one
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
@@ -186,7 +183,9 @@ def load_run(path, args):
         engine = pool.submit(script.make_envs, played, games, len(games), seed=0)  # loads its pictures meanwhile
         agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
         script.load_weights(agent, checkpoint)
-        engine.result()  # fails early if procgen cannot start
+        envs = engine.result()  # fails early if procgen cannot start
+    if ffi := getattr(envs, "_ffi", None):  # where gym3 opens the engine's library: once, not for each engine,
+        ffi.dlopen = functools.cache(ffi.dlopen)  # which would take a quarter of the time to make one
     if args.cuda and not trained.bf16:
         channels_first(agent)
     about = describe(path, script, checkpoint, history)
