@@ -186,14 +186,15 @@ def plot(runs, rows, scalars, target):
     measure = "normalized" if any(row["measure"] == "normalized" for row in rows) else "return"
     mean = "normalized_return/mean" if measure == "normalized" else "return/mean"
     name = f"{mean.split('/')[0].replace('_', ' ')}, mean of the training games (running means; dashed: validation)"
-    scores = draw_panel(top, name, found, mean, [row for row in rows if (row["game"], row["measure"]) == ("all", measure)],
-                        colors)
+    by_panel = {(row["game"], row["measure"]): [] for row in rows}
+    for row in rows:
+        by_panel[row["game"], row["measure"]].append(row)
+    (scores,) = draw_panels(top, 1, [(name, mean, by_panel["all", measure])], found, colors)
     number = f"mean of {len(games)} games" if len(games) > 1 else games[0]
     scores.set_title(f"scores, {number}, 95 % intervals\n(pale: training levels)", loc="left")
     if len(games) > 1 or measure == "normalized":
-        for panel, game in zip(bottom.subfigures(down, across, squeeze=False).flat, games):
-            these = [row for row in rows if (row["game"], row["measure"]) == (game, "return")]
-            draw_panel(panel, f"{game}, return", found, f"return/{game}", these, colors)
+        panels = [(f"{game}, return", f"return/{game}", by_panel[game, "return"]) for game in games]
+        draw_panels(bottom, across, panels, found, colors)
     handles = [points for points in scores.containers if points.get_label() in models]
     names = [name.replace("$", r"\$") for name in names]  # between two, it would be mathematics
     figure.legend(handles, names, loc="outside lower left", ncols=1 if max(map(len, names)) > 80 else 2, fontsize=8)
@@ -201,13 +202,18 @@ def plot(runs, rows, scalars, target):
     plt.close(figure)
 
 
-def draw_panel(figure, title, found, tag, rows, colors):
-    """A learning curve and, on the same scale, scores. Returns the axes of the latter."""
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    draw_curves(left, found, tag, colors)
-    left.set_title(title, loc="left")
-    draw_scores(right, rows, colors)
-    return right
+def draw_panels(figure, across, panels, found, colors):
+    """For each (title, tag, rows) learning curves and, on the same scale, scores. Returns the axes of the latter."""
+    pairs = figure.subplots(-(-len(panels) // across), 2 * across, squeeze=False, width_ratios=(2, 1) * across).reshape(-1, 2)
+    for (left, right), (title, tag, rows) in zip(pairs, panels):
+        draw_curves(left, found, tag, colors)
+        left.set_title(title, loc="left")
+        right.sharey(left)
+        right.tick_params(labelleft=False)
+        draw_scores(right, rows, colors)
+    for axis in pairs[len(panels):].flat:
+        axis.remove()
+    return pairs[:len(panels), 1]
 
 
 def draw_curves(axis, found, tag, colors):
