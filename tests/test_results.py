@@ -26,7 +26,7 @@ def scored_once(trained_once, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "SLOTS", {"cpu": 4})
         patch.setattr(evaluate, "VECTOR", {"cpu": 2})
-        words = "--splits train 1000 --num-levels 1 --no-cuda"
+        words = "--splits train 1000 --num-levels 1 --no-cuda --bf16 False"  # which some CPUs would not choose
         patch.setattr(sys, "argv", [evaluate.__file__, str(run), *words.split()])
         evaluate.main()
     return run
@@ -97,7 +97,7 @@ def test_the_report_s_table_is_that_of_evaluate_py(scored, score, command, capsy
 
 
 def test_seeds_are_one_model_whatever_the_version_of_the_script_and_other_levels_another_table(scored, score, command):
-    score(scored, "--splits", "1200", "--num-levels", 1, "--env", "fruitbot")
+    score(scored, "--splits", "1200", "--num-levels", 1, "--env", "fruitbot", "--bf16", "False")
     command(results, "add", scored, a_seed(scored, 2, "12345678"))
     found = results.tables_of(sorted(Path("results").iterdir()))
     assert {setting[2:]: [run.model for run in runs] for setting, runs in found.items()} == {
