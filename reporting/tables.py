@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,12 @@ def features(record):
     return found
 
 
+def number_of(record):
+    """A number for a run's model, which other than its name does not depend on the runs beside it. So their bootstrap
+    intervals do not either."""
+    return zlib.crc32(" ".join([record["script"], *features(record).values()]).encode())
+
+
 def name_models(records):
     """A name for the model of each run, given one of its records: the script, and what not all runs of the script
     share. Runs that differ in nothing but their seed have one name."""
@@ -92,19 +99,19 @@ def summarize(returns, ranges):
     return dict(games=games, mean=mean)
 
 
-def bootstrap(scores, draws=DRAWS, model=0):
+def bootstrap(scores, draws=DRAWS, model=1):
     """Means over levels of the scores, and of samples drawn from their seeds and levels with replacement.
 
     scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds,
     games)}, where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the
     same for all seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes
     a seed good in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each
-    game alone.) Models of different numbers that played the same splits get the same levels, and seeds of their own: so
-    the differences of their samples are samples of their difference.
+    game alone.) Different models that played the same splits get the same levels, and seeds of their own: so the
+    differences of their samples are samples of their difference. `model` is a number for it, from which these come.
     """
     means = {column: [] for game in scores for column in game}
     seeds = len(next(iter(scores[0].values()))[0])
-    its_own = np.random.default_rng([0, 1 + model])
+    its_own = np.random.default_rng([0, model])
     chosen = np.concatenate([np.arange(seeds)[None], its_own.integers(seeds, size=(draws, seeds))])
     for number, game in enumerate(scores):
         for column, splits in game.items():
@@ -186,7 +193,7 @@ def entries(samples, games):
 def tabulate(runs):
     """The entries of the tables. Runs of the same model are its seeds."""
     rows, played = [], {}
-    for number, model in enumerate(dict.fromkeys(run.model for run in runs)):
+    for model in dict.fromkeys(run.model for run in runs):
         group = [run for run in runs if run.model == model]
         first = group[0].records[0]
         scores = {game: {} for game in first["games"]}
@@ -194,7 +201,8 @@ def tabulate(runs):
             for game, columns in scores.items():
                 returns = np.array([record["games"][game]["returns"] for record in records])  # (seeds, levels)
                 columns.setdefault(records[0]["column"], []).append(returns)
-        samples = sample(list(scores.values()), {game: row["range"] for game, row in first["games"].items()}, number)
+        ranges = {game: row["range"] for game, row in first["games"].items()}
+        samples = sample(list(scores.values()), ranges, number_of(first))
         about = dict(steps=" ".join(str(run.records[0]["step"]) for run in group), levels=levels(group[0]),
                      **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
         rows += [dict(model=model, minus=None, seeds=len(group)) | row | about for row in entries(samples, scores)]

@@ -372,7 +372,8 @@ RANGES = {"maze": (5, 10), "bigfish": (1, 40)}
 
 def known_run(model, returns):
     """A run of two games, scored on one training and two test splits."""
-    records = [ABOUT | dict(start_level=first, column=column) | tables.summarize(dict(zip(RANGES, split)), RANGES)
+    about = ABOUT | dict(script=f"impala_procgen_{model}.py")
+    records = [about | dict(start_level=first, column=column) | tables.summarize(dict(zip(RANGES, split)), RANGES)
                for (first, column), split in zip([(0, "train"), (1000, "test"), (1200, "test")], returns)]
     return SimpleNamespace(path=Path(f"runs/{model}/checkpoint.pt"), model=model, records=records)
 
@@ -470,6 +471,14 @@ def test_models_are_compared_level_by_level_and_each_with_its_own_seeds():
     assert compare([0, 2, 4], [1])[0]["train"][0] == pytest.approx(scale)
     found, _ = compare([0, 2], [0, 2])
     assert found["train"] == pytest.approx((0, -2 * scale, 2 * scale), abs=1e-9)
+
+
+def test_intervals_of_a_model_and_of_a_pair_are_the_same_whatever_stands_beside_them():
+    rng = np.random.default_rng(0)
+    a, b, c = ([known_run(model, rng.uniform(5, 8, size=(3, 2, 9)).tolist()) for _ in range(3)] for model in "abc")
+    both = [{tuple(row[key] for key in ("model", "minus", "game", "measure", "split")): row for row in rows}
+            for rows in (tables.tabulate(a + b + c), tables.tabulate(b + c))]
+    assert both[1].items() <= both[0].items() and len({row["low"] for row in both[1].values()}) > 30
 
 
 @pytest.mark.parametrize("changed, compared", [(0, {"test"}), (1, {"train"})])
