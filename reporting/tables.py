@@ -55,7 +55,7 @@ def features(record):
 
 
 def number_of(record):
-    """A number for a run's model, which other than its name does not depend on the runs beside it. So their bootstrap
+    """A number for a run's model. Unlike its name, it does not depend on the other runs in a table, and so its bootstrap
     intervals do not either."""
     return zlib.crc32(" ".join([record["script"], *features(record).values()]).encode())
 
@@ -99,15 +99,15 @@ def summarize(returns, ranges):
     return dict(games=games, mean=mean)
 
 
-def bootstrap(scores, draws=DRAWS, model=1):
+def bootstrap(scores, draws=DRAWS, model=0):
     """Means over levels of the scores, and of samples drawn from their seeds and levels with replacement.
 
     scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds,
     games)}, where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the
     same for all seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes
     a seed good in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each
-    game alone.) Different models that played the same splits get the same levels, and seeds of their own: so the
-    differences of their samples are samples of their difference. `model` is a number for it, from which these come.
+    game alone.) Models of different numbers that played the same splits get the same levels, and seeds of their own: so
+    the differences of their samples are samples of their difference.
     """
     means = {column: [] for game in scores for column in game}
     seeds = len(next(iter(scores[0].values()))[0])
