@@ -388,7 +388,7 @@ class Vector:
             self.envs.call_c_func("set_state", n, state, len(state))
             self.policy.begin_episode(self.slots.start + n, self.game, level)
         if free:
-            self.frames = self.envs.observe()[1]["rgb"]  # the engine's buffer, which each step fills anew
+            self.frames = self.envs.observe()[1]["rgb"]
         self.policy.frames[self.slots] = self.frames
         return (self.playing >= 0).any()
 
@@ -400,8 +400,8 @@ class Vector:
 
     def observe(self):
         """Waits for the step. Returns how many episodes went on by it, and how many of them ended."""
-        reward, _, ended = self.envs.observe()
-        self.policy.reward[self.slots] = reward
+        reward, obs, ended = self.envs.observe()
+        self.frames, self.policy.reward[self.slots] = obs["rgb"], reward
         active = self.playing >= 0
         self.returns[self.playing[active]] += reward[active]
         ended = ended & active

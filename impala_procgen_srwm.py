@@ -8,12 +8,12 @@ Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), asynchronous actors a
     python impala_procgen_srwm.py --resume runs/NAME   continues a run
     python evaluate.py --start-level 1000              scores it on new levels
 
-    engine -- frame, reward, done --> Actor -- full Unroll --> Learner
+    Engine -- frame, reward, done --> Actor -- full Unroll --> Learner
        ^                              |   ^                       |
        '----------- action -----------'   '------- Weights -------'
 
 The story comes first, then housekeeping. For an ablation, copy this file. In shapes, T is time steps, B environments,
-H heads of size D. Expect about 200,000 steps a second on one H100 with 16 cores, and 300 to 1,000 on two CPU cores.
+H heads of size D. Expect about 275,000 steps a second on one H200 with 16 cores, and 300 to 1,000 on two CPU cores.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import ctypes
 import hashlib
 import io
 import math
+import mmap
 import os
 import queue
 import re
@@ -30,12 +31,14 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import weakref
 import zipfile
 from collections import Counter, deque
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -95,7 +98,8 @@ class EnvironmentArgs:
     num_levels: int = 200  # levels of each game to train on; 0: all
     start_level: int = 0  # the first of these levels
     num_actors: int | None = None  # actors, each with a vector of environments (None: by the number of cores)
-    num_envs: int | None = None  # environments of each, a multiple of the games (None: at least 96, on a CPU 24)
+    num_envs: int | None = None  # environments of each, a multiple of the games (None: at least 90, on a CPU 36)
+    num_servers: int | None = None  # processes that play the environments (None: one for each core)
     valid_num_levels: int = 0  # levels of each game to validate on while training (0: no validation)
     valid_start_level: int = 500  # the first of these levels
     valid_distribution_mode: Mode | None = None  # their distribution mode (None: that of the training)
@@ -246,7 +250,8 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
 
 
 def make_envs(args, games, num, seed, num_threads=0, **options):
-    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them."""
+    """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them.
+    What `observe` of the vector, or of a wrapper around it, returns is what the agent sees, here and in evaluation."""
     options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels, start_level=args.start_level)
     try:
         envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
@@ -256,25 +261,50 @@ def make_envs(args, games, num, seed, num_threads=0, **options):
     return envs
 
 
-class Episodes:
-    """The last 100 returns and lengths of each game."""
+class Engine:
+    """Processes that play the environments of all actors. Each has a part of those of two actors or more, and plays for
+    one while the policy of another computes. What passes between it and an actor lies in memory that they share: a
+    block for each actor. Each of its processes has a flag there: 1 while it is its turn, 0 while it is the policy's."""
 
-    def __init__(self, games, saved=None):
-        self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
+    def __init__(self, args, games, seed):
+        self.args, self.games, B = args, games, args.num_envs
+        groups = max(1, min(args.num_actors // 2, args.num_servers))  # of actors that share processes
+        vectors, self.blocks, self.next_seed = [[] for _ in range(min(args.num_servers, groups * B))], [], seed
+        for actor in range(args.num_actors):
+            owners = range(len(vectors))[actor % groups :: groups]
+            self.blocks.append(block := make_block(B, owners))
+            for n, owner in enumerate(owners):
+                part = slice(B * n // len(owners), B * (n + 1) // len(owners))
+                vectors[owner].append((block, part, block.flags[n].numpy(), self.next_seed))
+                self.next_seed += 1
+        self.processes = [start_process(self.serve, each) for each in vectors]
+        self.close, self.watch = weakref.finalize(self, end_processes, self.processes), Watch(self)
 
-    def add(self, game, episode_return, length):
-        self.recent[game].append((float(episode_return), int(length)))
+    def serve(self, vectors):
+        """What a process does: it plays a step of each vector whose flag is 1."""
+        vectors = [(flag, self.play(*vector, flag, seed)) for *vector, flag, seed in vectors]
+        idle_since = time.monotonic()
+        while True:
+            for flag, steps in vectors:
+                if flag[0]:
+                    next(steps)
+                    idle_since = time.monotonic()
+            idle = time.monotonic() - idle_since
+            os.sched_yield() if idle < 2e-4 else time.sleep(min(2e-3, idle / 10))
 
-    def full(self):
-        return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())
-
-    def saved(self):
-        return {game: list(episodes) for game, episodes in self.recent.items()}
-
-    def spread(self, game):
-        """Standard deviation of the game's returns; 1 while fewer than ten are known, or all are the same."""
-        returns = [episode_return for episode_return, _ in list(self.recent[game])]  # a copy: actors append
-        return (np.std(returns) or 1.0) if len(returns) >= 10 else 1.0
+    def play(self, block, part, flag, seed):
+        """A generator that plays a step whenever it goes on."""
+        games = [self.games[n % len(self.games)] for n in range(part.start, part.stop)]
+        envs = make_envs(self.args, games, len(games), seed)
+        *inputs, action = (x.numpy()[part] for x in (block.obs, block.reward, block.done, block.action))
+        while True:
+            reward, obs, done = envs.observe()
+            for shared, new in zip(inputs, (obs["rgb"], reward, done)):
+                np.copyto(shared, new)  # an error if the shape or the kind of numbers is another
+            flag[1] += 1  # for Watch
+            flag[0] = 0
+            yield
+            envs.act(action)
 
 
 class Unroll:
@@ -289,179 +319,158 @@ class Unroll:
         self.inputs = (self.obs, self.reward, self.done)  # of the agent
         self.action = torch.zeros(T, B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(T, B, NUM_ACTIONS, device=device)  # of the policy that acted
+        self.version = torch.zeros(T, B, dtype=torch.int32, device=device)  # of the weights that acted
         self.reward_scale = torch.ones(1, B, device=device)  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
-        self.version = 0  # of the weights that acted, their mean
-        self.ready = record_event()  # to wait for before it is read, or filled again
+        self.read = record_event()  # to wait for before it is filled again
 
     def columns(self, begin, count):
         """Views of `count` environments from number `begin` on."""
-        steps = (*self.inputs, self.action, self.logits, self.reward_scale)
+        steps = (*self.inputs, self.action, self.logits, self.version, self.reward_scale)
         return [x.narrow(1, begin, count) for x in steps] + [x.narrow(0, begin, count) for x in self.state]
 
 
 class Weights:
-    """The newest weights on their way from the learner to the actors: whole, never half an update. On a GPU, all
-    threads' copies run there one after another; the threads do not wait."""
+    """The newest parameters and buffers on their way from the learner to the actors, in a ring of rows on their device.
+    A row is whole, and is overwritten only eight updates later: so nobody waits, and no actor sees half an update."""
 
     def __init__(self, agent):
-        self.newest = [parameter.detach().clone() for parameter in agent.parameters()]
-        self.version, self.lock, self.copied = 0, threading.Lock(), record_event()
-
-    def publish(self, agent):
-        with self.lock:
-            self.copy(agent.parameters(), self.newest)
-            self.version += 1
-
-    def fetch(self, agent):
-        """Gives the agent the newest weights. Returns their version."""
-        with self.lock:
-            self.copy(self.newest, agent.parameters())
-            return self.version
+        self.tensors = [*agent.parameters(), *agent.buffers()]
+        self.sizes = [-(-x.nbytes // 256) * 64 for x in self.tensors] + [64]  # in float32; the last is for the version
+        self.ring = self.tensors[0].new_zeros(8, sum(self.sizes), dtype=torch.float32)
+        self.rows = [row_views(row, self.sizes, self.tensors) for row in self.ring]
+        self.version, (self.newest, self.row) = 0, self.ring.new_zeros(2, 1, dtype=torch.int64)  # version, its row
+        self.publish()
 
     @torch.no_grad()
-    def copy(self, sources, targets):
-        self.copied.wait()
-        torch._foreach_copy_(list(targets), list(sources))
-        self.copied = record_event()
+    def publish(self):
+        self.version += 1
+        views, version = self.rows[self.version % 8]
+        torch._foreach_copy_(views, self.tensors)
+        version.fill_(self.version)
+        self.newest.fill_(self.version)
+        self.row.fill_(self.version % 8)
+
+    def attach(self, agent):
+        """Gives an agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
+        agent.row, tensors = self.ring[0].clone(), [*agent.parameters(), *agent.buffers()]
+        views, agent.version = row_views(agent.row, self.sizes, tensors)
+        for tensor, view in zip(tensors, views):
+            tensor.data = view
+
+    def fetch(self, agent):
+        """Gives the agent what is the newest when its device comes to it."""
+        if agent.row.is_cuda or agent.version.item() != self.version:
+            torch.index_select(self.ring, 0, self.row, out=agent.row.unsqueeze(0))
 
 
-# On a GPU a thread queues work on its CUDA stream and goes on. record_event() marks a place in the queue, for which
-# synchronize() stops a thread, and wait() its stream alone. capture() makes a CUDA graph of a function.
 class Actor:
-    """A vector of environments and the agent that plays it, with the newest weights every few steps: fills unrolls.
-    A step of the policy is one function, `act`, and on a GPU one CUDA graph: from the engine's frames to actions."""
+    """A vector of environments and the agent that plays it: fills unrolls, in a thread of its own. On a GPU the thread
+    only queues work on a CUDA stream, a few steps in one CUDA graph: stream and engine wait for each other directly."""
 
     def __init__(self, index, pool):
         args, B, device = pool.args, pool.args.num_envs, torch.device("cuda" if pool.args.cuda else "cpu")
-        self.name, self.args, self.games = f"actor {index}", args, pool.games
-        self.weights, self.episodes = pool.weights, pool.episodes
-        self.waiting_since = None  # since when it has waited for its environments: check_actors() looks
-        self.envs = make_envs(args, pool.games, B, pool.seed + index, engine_threads(args))
-        self.returns, self.lengths = np.zeros(B), np.zeros(B, dtype=np.int64)
+        self.args, self.pool, self.block = args, pool, pool.engine.blocks[index]
+        self.free = queue.Queue() if args.deterministic else pool.free  # unrolls to fill
+        self.totals = np.zeros((2, B))  # return and length of each environment's episode before the unroll
         self.agent = Agent(args).to(device).requires_grad_(False)
+        pool.weights.attach(self.agent)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
-        self.t = torch.zeros(1, dtype=torch.int64, device=device)  # the next time step: a tensor, for a graph to count
-        self.host_reward = torch.zeros(1, B, pin_memory=args.cuda)
-        self.host_done = torch.zeros(1, B, dtype=torch.bool, pin_memory=args.cuda)
-        self.host_action = torch.zeros(B, dtype=torch.int32, pin_memory=args.cuda)
         self.num_diverged = torch.zeros((), device=device)  # states that were reset
-        frames = torch.from_numpy(self.observe()[1]["rgb"])  # the engine's buffer, which each step fills anew
-        self.host_inputs = (frames.unsqueeze(0), self.host_reward, self.host_done)
         self.generator = torch.Generator(device).manual_seed(pool.seed + index)
-        self.stream = self.act_graph = None
-        if args.cuda:
-            lock_pages(self, frames)
-            self.stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
-            self.stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above get their first values
-            with torch.cuda.stream(self.stream):
-                self.act()  # before capture, and what it leaves in the state is zeroed
-                for part in self.state:
-                    part.zero_()
-            if args.cuda_graphs:
-                self.act_graph = capture(self.act, self.stream, self.generator)
+        self.flags = srwm_cuda.Flags(self.block.flags, device)
+        self.parts = [lambda begin=begin: self.steps(begin, min(begin + 5, args.unroll_length))  # 5: steps in a graph
+                      for begin in range(0, args.unroll_length, 5)]
+        self.stream = prepare_stream(self) if args.cuda else None
 
-    def store(self):
-        """Uploads obs, reward and done, and writes them to the unroll. Returns them, (1, B, ...) each."""
-        inputs = [x.to(self.t.device, non_blocking=True) for x in self.host_inputs]
-        for steps, x in zip(self.unroll.inputs, inputs):
-            steps.index_copy_(0, self.t, x)
-        return inputs
-
-    @torch.no_grad()
-    def act(self):
-        """One step of the policy: the unroll and the state move on, and the action comes to the host."""
-        logits, _, state = self.agent(*self.store(), self.state)
+    def steps(self, begin, end):
+        """Plays time steps `begin` to `end` of the unroll."""
+        if begin == 0:
+            self.num_diverged += reset_diverged(self.agent, self.state)
+            for first, now in zip(self.unroll.state, self.state):
+                first.copy_(now if self.args.carry_state else now.zero_())
+        state = self.state
+        for t in range(begin, end):
+            self.observe(t)
+            state = self.infer(t, state)
+            self.flags.set(1)
         for old, new in zip(self.state, state):
             old.copy_(new)
-        exponential = torch.empty_like(logits).exponential_(generator=self.generator)
-        action = (logits.softmax(-1) / exponential).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
-        self.unroll.logits.index_copy_(0, self.t, logits)
-        self.unroll.action.index_copy_(0, self.t, action)
-        self.host_action.copy_(action[0].int(), non_blocking=True)
-        self.t += 1
+        if end == self.args.unroll_length:
+            self.observe(end)
 
-    def observe(self):
-        """Waits for the environments. Returns the engine's reward (B,), dictionary with the frames, and done (B,)."""
-        self.waiting_since = time.monotonic()
-        reward, obs, done = self.envs.observe()
-        self.waiting_since = None
-        self.host_reward.numpy()[0], self.host_done.numpy()[0] = reward, done
-        return reward, obs, done
+    def observe(self, t):
+        """Waits for the environments, and uploads what they answer: once, to its place in the unroll."""
+        self.flags.wait(0)
+        for x, new in zip(self.unroll.inputs, (self.block.obs, self.block.reward, self.block.done)):
+            x[t].copy_(new, non_blocking=True)
+
+    @torch.no_grad()
+    def infer(self, t, state):
+        """The newest policy's actions at time step t. Returns the state after it."""
+        unroll = self.unroll
+        self.pool.weights.fetch(self.agent)
+        logits, _, state = self.agent(*(x[t : t + 1] for x in unroll.inputs), state)
+        exponential = torch.empty_like(logits[0]).exponential_(generator=self.generator)
+        action = (logits[0].softmax(-1) / exponential).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
+        unroll.action[t], unroll.logits[t], unroll.version[t] = action, logits[0], self.agent.version
+        self.block.action.copy_(action.int(), non_blocking=True)
+        return state
 
     def play(self, unroll):
-        """Fills the unroll with T steps. A generator: it yields where it would wait, so that other actors can go on."""
-        self.num_diverged += reset_diverged(self.agent, self.state)
-        for first, now in zip(self.unroll.state, self.state):
-            if not self.args.carry_state:
-                now.zero_()
-            first.copy_(now)
+        """Fills the unroll with T steps."""
         if self.args.reward_clipping == "normalize":
-            spreads = [self.episodes.spread(game) for game in self.games] * (self.args.num_envs // len(self.games))
-            self.unroll.reward_scale.copy_(1 / torch.tensor([spreads]))
-        self.t.zero_()
-        act, versions = self.act_graph or self.act, []
-        for step in range(self.args.unroll_length):
-            if step % 5 == 0:  # V-trace asks for the policy that acted at each step, not for one policy in an unroll
-                versions.append(self.weights.fetch(self.agent))
-            act()
-            acted = record_event()
-            yield  # while the policy runs
-            acted.synchronize()
-            self.waiting_since = time.monotonic()
-            self.envs.act(self.host_action.numpy())  # without threads of its own, the engine moves them now
-            self.waiting_since = None
-            yield  # while the environments move
-            reward, _, done = self.observe()
-            self.returns += reward
-            self.lengths += 1
-            for n in np.flatnonzero(done):
-                self.episodes.add(self.games[n % len(self.games)], self.returns[n], self.lengths[n])
-                self.returns[n] = self.lengths[n] = 0
-        self.store()
-        unroll.version = np.mean(versions)
+            self.unroll.reward_scale.copy_(self.pool.episodes.reward_scale(self.args.num_envs))
+        events = []
+        for part in self.parts:
+            for event in events[-2:-1]:  # at most two are queued: with more, starting them takes longer
+                event.synchronize()
+            if self.pool.closed:
+                return
+            part()
+            events.append(record_event())
         # A CUDA graph always writes to the same addresses: so the actor fills self.unroll, and copies it to this one.
-        unroll.ready.wait()
+        unroll.read.wait()
         torch._foreach_copy_(unroll.columns(0, self.args.num_envs), self.unroll.columns(0, self.args.num_envs))
-        unroll.ready = record_event()
+        synchronize()
+        ended = self.unroll.reward[1:].cpu().numpy(), self.unroll.done[1:].cpu().numpy()
+        self.totals = self.pool.episodes.add_unroll(*ended, self.totals)
 
 
 class ActorPool:
-    """Actors, the threads in which they play, and the unrolls that pass between them and the learner.
-    On a GPU one thread plays all actors by turns, since several would wait for Python's lock. On a CPU, where most time
-    is spent outside that lock, each actor has its own. With --deterministic, `get` itself lets the next actor play."""
+    """Actors, and the unrolls that pass between them and the learner. With --deterministic, an actor plays only while
+    the learner waits for its unroll."""
 
-    def __init__(self, args, episodes, weights, seed, stop, num_unrolls):
-        self.args, self.episodes, self.weights, self.seed, self.stop = args, episodes, weights, seed, stop
-        self.games, self.closed, self.error, self.turn = list(episodes.recent), False, None, 0  # turn: of which actor
+    def __init__(self, args, episodes, weights, engine, seed, stop, num_unrolls):
+        self.args, self.episodes, self.weights, self.engine, self.stop = args, episodes, weights, engine, stop
+        self.seed, self.games, self.closed, self.error, self.turn = seed, engine.games, False, None, 0  # turn: whose
         self.free, self.full = queue.Queue(), queue.Queue()  # a SimpleQueue may never time out after a signal
         self.actors = [Actor(i, self) for i in range(args.num_actors)]
         for _ in range(num_unrolls):
             self.free.put(Unroll(self.actors[0].agent, args.unroll_length, args.num_envs))
-        groups = [] if args.deterministic else [self.actors] if args.cuda else [[actor] for actor in self.actors]
-        self.threads = [threading.Thread(target=self.run, args=(group,), daemon=True) for group in groups]
+        self.threads = [threading.Thread(target=self.run, args=(actor,), daemon=True) for actor in self.actors]
 
     def start(self):
         synchronize()  # with the stream on which the actors' tensors were made
         for thread in self.threads:
             thread.start()
 
-    def run(self, actors):
+    def run(self, actor):
         try:
-            take_turns(actors, self)
+            with torch.cuda.stream(actor.stream):  # None on a CPU, where it does nothing
+                while (unroll := actor.free.get()) is not None:
+                    actor.play(unroll)
+                    self.full.put(unroll)
+                synchronize()  # what is still queued
         except BaseException as error:
-            self.error = error  # for check_actors() to raise
+            self.error = error  # for get() to raise
 
     def get(self):
         """The next full unroll, or None after a signal to stop. Raises what an actor died of."""
         if self.args.deterministic:
-            actor, self.turn = self.actors[self.turn], (self.turn + 1) % len(self.actors)
-            unroll = self.free.get()
-            with torch.cuda.stream(actor.stream):  # None on a CPU, where it does nothing
-                for _ in actor.play(unroll):
-                    if self.stop.now():
-                        return None
-            return unroll
+            synchronize()  # with the stream that publishes weights
+            self.actors[self.turn].free.put(self.free.get())
+            self.turn = (self.turn + 1) % len(self.actors)
         while not self.stop.now():
             check_actors(self)
             with contextlib.suppress(queue.Empty):
@@ -470,19 +479,19 @@ class ActorPool:
 
     def close(self):
         self.closed = True
-        for _ in self.threads:
-            self.free.put(None)
-        for thread in filter(threading.Thread.is_alive, self.threads):
-            thread.join(timeout=STUCK_AFTER / len(self.threads))  # a stuck one never ends
+        for actor in self.actors:
+            actor.free.put(None)
+        self.engine.close()
+        end_threads(self)
 
 
 class Learner:
     """Agent, optimizer and the update: forward, V-trace, backward, clipping and RMSprop; on a GPU, two CUDA graphs."""
 
     def __init__(self, agent, args, optimizer_state=None):
-        self.agent, self.args = agent, args
+        self.agent, self.args, self.weights, self.parameters = agent, args, Weights(agent), list(agent.parameters())
         self.learning_rate = next(agent.parameters()).new_tensor(args.learning_rate)  # a tensor, for a graph to read
-        self.optimizer = torch.optim.RMSprop(agent.parameters(), self.learning_rate, args.alpha, args.epsilon,
+        self.optimizer = torch.optim.RMSprop(self.parameters, self.learning_rate, args.alpha, args.epsilon,
                                              momentum=args.momentum, foreach=args.cuda, capturable=args.cuda)
         prepare_optimizer(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
@@ -495,24 +504,22 @@ class Learner:
                 self.backward_graph = capture(self.backward, torch.cuda.current_stream())
                 self.step_graph = capture(self.step, torch.cuda.current_stream())
 
-    def fill(self, pool, version):
-        """Fills the batch with the next environments of unrolls. Returns their mean policy lag; None after a signal."""
-        filled, lag = 0, 0.0
+    def fill(self, pool):
+        """Fills the batch with the next environments of unrolls. Returns whether it did: not after a signal to stop."""
+        filled = 0
         while filled < self.args.batch_size:
             if self.unroll is None:
-                if (unroll := pool.get()) is None:
-                    return None
-                self.unroll, self.column = unroll, 0
-                unroll.ready.wait()
+                self.unroll, self.column = pool.get(), 0
+                if self.unroll is None:
+                    return False
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
             torch._foreach_copy_(self.batch.columns(filled, count), self.unroll.columns(self.column, count))
-            lag += (version - self.unroll.version) * count / self.args.batch_size
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
-                self.unroll.ready = record_event()
+                self.unroll.read = record_event()
                 pool.free.put(self.unroll)
                 self.unroll = None
-        return lag
+        return True
 
     def loss(self):
         """The loss, a sum over time and batch as in the paper, and statistics, means over both."""
@@ -531,8 +538,9 @@ class Learner:
         baseline_loss = 0.5 * (vs - values).square().sum()
         entropy = -(log_pi.exp() * log_pi).sum()
         loss = policy_loss + args.baseline_cost * baseline_loss - args.entropy_cost * entropy
+        lag = self.weights.newest - batch.version  # (T, B), in updates
         sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/entropy": entropy, "loss/total": loss,
-                "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum()}
+                "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum(), "policy_lag": lag.sum()}
         means = torch.stack([*sums.values()]).detach() / log_rhos.numel()
         return loss, dict(zip(sums, means.unbind()))
 
@@ -541,7 +549,7 @@ class Learner:
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
-        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.agent.parameters()]
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.parameters]
         self.joint = torch.cat([x.flatten() for x in (*gradients, *statistics.values())])
         self.names, number = list(statistics), len(statistics)
         self.gradient, self.statistics = self.joint[:-number], self.joint[-number:]
@@ -550,8 +558,7 @@ class Learner:
     def step(self):
         """One step of RMSprop with the clipped gradient."""
         self.gradient *= (self.args.grad_norm_clipping / (self.gradient.norm() + 1e-6)).clamp(max=1.0)
-        parameters = list(self.agent.parameters())
-        for parameter, part in zip(parameters, self.gradient.split([x.numel() for x in parameters])):
+        for parameter, part in zip(self.parameters, self.gradient.split([x.numel() for x in self.parameters])):
             parameter.grad = part.view_as(parameter)
         self.optimizer.step()
 
@@ -567,6 +574,7 @@ class Learner:
         statistics = dict(zip([*self.names, "gradient_norm"], values.tolist()))
         if finite := all(map(math.isfinite, statistics.values())):
             (self.step_graph or self.step)()
+        self.weights.publish()
         return statistics, finite
 
 
@@ -574,22 +582,18 @@ def train(run, stop):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
     args, agent = run.args, run.agent
     learner = run.learner = Learner(agent, args, run.optimizer_state)
-    weights = Weights(agent)
-    seed = (args.seed + run.step) * 1000 + RANK * 2**16  # a resumed run plays on, not again; each process has its range
     # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
-    # (actors + 1) x environments / batch updates old, 27 with 8 x 96 and batches of 32, and on average half of that.
-    pool = ActorPool(args, run.episodes, weights, seed, stop, num_unrolls=args.num_actors + 1)
+    # (actors + 1) x environments / batch updates old, 26 with 8 x 90 and batches of 32, and on average half of that.
+    pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop, num_unrolls=args.num_actors + 1)
     try:
-        run.open(pool, seed, stop)
+        run.open(pool, stop)
         stop.training = True  # from now on, Ctrl-C saves
         pool.start()
         while run.step < args.total_steps and not stop.agreed(learner.learning_rate.device):
-            if (lag := learner.fill(pool, weights.version)) is None:
+            if not learner.fill(pool):
                 break
             learning_rate = args.learning_rate * (1 - run.step / args.total_steps)
-            statistics, finite = learner.update(learning_rate)
-            weights.publish(agent)
-            run.after_update(statistics, finite, lag)
+            run.after_update(*learner.update(learning_rate))
         run.finish()
     finally:
         pool.close()
@@ -604,7 +608,7 @@ RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
     {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
 SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
-STUCK_AFTER = 60  # seconds without an answer from environments
+STUCK_AFTER = 20  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 locks = {}  # open files by a run's folder: the system unlocks them when this process ends
 terminal = dict(passing=False)  # whether the next line replaces its last one
@@ -647,7 +651,8 @@ def check_games(games, args, valid=""):
 def validation_args(args, games):
     """The arguments of the actor that plays held-out levels."""
     return replace(args, num_levels=args.valid_num_levels, start_level=args.valid_start_level, num_actors=1,
-                   num_envs=8 * len(games), distribution_mode=args.valid_distribution_mode or args.distribution_mode)
+                   num_envs=8 * len(games), num_servers=1,
+                   distribution_mode=args.valid_distribution_mode or args.distribution_mode)
 
 
 def resolve_args(given):
@@ -680,10 +685,12 @@ def resolve_args(given):
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if args.cuda
                      else any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
+    if args.num_servers is None:
+        args.num_servers = num_cores()
     if args.num_actors is None:
-        args.num_actors = max(1, min(8, num_cores() // 2))
+        args.num_actors = max(2, min(8, num_cores() // 2))
     if args.num_envs is None:
-        lowest = max(96 if args.cuda else 24, math.ceil(args.batch_size / args.num_actors))
+        lowest = max(90 if args.cuda else 36, math.ceil(args.batch_size / args.num_actors))
         args.num_envs = math.ceil(lowest / len(games)) * len(games)
     if args.num_envs % len(games):
         raise ValueError(f"--num-envs must be a multiple of {len(games)}, the number of games, got {args.num_envs}")
@@ -699,7 +706,7 @@ FOREIGN = {  # what flags of the reference and of CleanRL are called here
     **{f"test-{flag}": f"evaluate.py --{flag}" for flag in ("num-levels", "start-level", "distribution-mode")},
     "use-no-carry-sr": "--no-carry-state", "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name",
     "savedir": "nothing: runs go to runs/", "use-wandb": "--track", "project-name": "--wandb-project-name",
-    "write-profiler-trace": "--profile", "mode": "evaluate.py", "num-servers": "--num-actors and --num-envs",
+    "write-profiler-trace": "--profile", "mode": "evaluate.py",
     **dict.fromkeys(("single-gpu", "pipes-basename", "num-learner-threads", "num-inference-threads", "num-actions",
                      "disable-validation"), "nothing: not needed"),
     "env-id": "--env", "total-timesteps": "--total-steps", "num-steps": "--unroll-length", "gamma": "--discounting",
@@ -813,8 +820,13 @@ class Run:
     def __init__(self, launch, given, checkpoint):
         self.launch, self.given, (self.args, games) = launch, given, resolve_args(given)
         make_envs(self.args, games, len(games), self.args.seed)  # fail early if procgen cannot start
-        self.agent = make_agent(self.args, checkpoint)
         self.step, self.before = checkpoint.get("step", 0), list(checkpoint.get("before", ()))
+        # A resumed run plays on, not again; each process has its range.
+        self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16
+        self.engine = Engine(self.args, games, self.seed)
+        if self.args.valid_num_levels and RANK == 0:
+            self.valid_engine = Engine(validation_args(self.args, games), games, self.engine.next_seed)
+        self.agent = make_agent(self.args, checkpoint)  # after the engine's processes, which know no GPU
         self.optimizer_state, self.episodes = checkpoint.get("optimizer"), Episodes(games, checkpoint.get("episodes"))
         self.updates = self.skipped = self.skipped_in_a_row = 0  # the last two: of updates that are not finite
         self.validation = self.profiler = None
@@ -826,13 +838,13 @@ class Run:
             say(f"{self.folder}: {', '.join(games)} ({self.args.distribution_mode}), {self.args.num_actors} actors x "
                 f"{self.args.num_envs} environments, {parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
 
-    def open(self, pool, seed, stop):
+    def open(self, pool, stop):
         """Begins the log and the validation, and connects the processes."""
         self.pool, weights = pool, pool.weights
         if RANK == 0:
             self.logger = self.parts.enter_context(contextlib.closing(Logger(self)))
             if self.args.valid_num_levels:
-                validation = Validation(self.args, pool.games, weights, seed + self.args.num_actors, stop)
+                validation = Validation(self.args, weights, self.valid_engine, self.seed + self.args.num_actors, stop)
                 self.validation = self.parts.enter_context(contextlib.closing(validation))
                 self.validation.start()
             if self.args.profile:
@@ -850,10 +862,10 @@ class Run:
             self.launch.join(self.args, self.step)
             for tensor in self.agent.state_dict().values():  # other processors may round initial weights differently
                 dist.broadcast(tensor, src=0)
-            weights.publish(self.agent)
+            weights.publish()
         self.saved_at = time.monotonic()
 
-    def after_update(self, statistics, finite, lag):
+    def after_update(self, statistics, finite):
         """Counts, validates, logs and saves, whatever is due."""
         self.skipped, self.skipped_in_a_row = self.skipped + (not finite), 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED:
@@ -866,7 +878,7 @@ class Run:
         if self.profiler:
             self.profiler.step()
         if finite:
-            self.logger.sums.update(statistics | dict(policy_lag=lag, updates=1))
+            self.logger.sums.update(statistics | dict(updates=1))
         if self.validation:
             self.validation.after_update(self.updates)
         if self.logger.sums and time.monotonic() - self.logger.time >= self.args.log_interval:
@@ -926,11 +938,46 @@ class Run:
         return True
 
 
+class Episodes:
+    """The last 100 returns and lengths of each game."""
+
+    def __init__(self, games, saved=None):
+        self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
+
+    def add(self, game, episode_return, length):
+        self.recent[game].append((float(episode_return), int(length)))
+
+    def add_unroll(self, rewards, dones, totals):
+        """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n plays game n modulo
+        their number. Totals (2, B): return and length before it; returns those after it."""
+        games, ends = list(self.recent), np.zeros_like(totals)  # totals when the last episode ended
+        sums = np.stack([rewards, np.ones_like(rewards)], axis=1).cumsum(0, dtype=float) + totals  # (T, 2, B)
+        for t, n in np.argwhere(dones):
+            self.add(games[n % len(games)], *(sums[t, :, n] - ends[:, n]))
+            ends[:, n] = sums[t, :, n]
+        return sums[-1] - ends
+
+    def reward_scale(self, B):
+        """(1, B): one over the spread of each environment's game."""
+        return 1 / torch.tensor([[self.spread(game) for game in self.recent] * (B // len(self.recent))])
+
+    def full(self):
+        return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())
+
+    def saved(self):
+        return {game: list(episodes) for game, episodes in self.recent.items()}
+
+    def spread(self, game):
+        """Standard deviation of the game's returns; 1 while fewer than ten are known, or all are the same."""
+        returns = [episode_return for episode_return, _ in list(self.recent[game])]  # a copy: actors append
+        return (np.std(returns) or 1.0) if len(returns) >= 10 else 1.0
+
+
 class Validation(ActorPool):
     """An actor that plays held-out levels with the newest weights. Nothing is learned from it."""
 
-    def __init__(self, args, games, weights, seed, stop):
-        super().__init__(validation_args(args, games), Episodes(games), weights, seed, stop, num_unrolls=1)
+    def __init__(self, args, weights, engine, seed, stop):
+        super().__init__(engine.args, Episodes(engine.games), weights, engine, seed, stop, num_unrolls=1)
         self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # in updates: 3 % of all steps
 
     def after_update(self, number):
@@ -1156,12 +1203,6 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
             return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
 
 
-def engine_threads(args):
-    """Threads in which the engine steps an actor's environments; 0: the actor's own. Together they are more than the
-    cores, since while some actors infer, others step."""
-    return max(1, math.ceil(1.5 * num_cores() / args.num_actors)) if args.cuda else 0
-
-
 def num_cores(root="/"):
     """Cores for this process: those that it may run on, or as much of their time as its container may use; of these,
     its share, where torchrun started several on this machine."""
@@ -1198,47 +1239,36 @@ def synchronize():
     record_event().synchronize()
 
 
-def take_turns(actors, pool):
-    """Plays a thread's actors by turns until the pool is closed: while some infer, the environments of others move.
-    Of an actor's calls of `advance`, one begins to infer, the next takes the action and moves the environments."""
-    def unrolls(actor):
-        while (unroll := pool.free.get()) is not None:
-            yield from actor.play(unroll)
-            pool.full.put(unroll)
-
-    def advance(i):
-        if not pool.closed:
-            torch.cuda.set_stream(actors[i].stream)  # which does nothing on a CPU, where it is None
-            next(players[i], None)
-
-    players, number = [unrolls(actor) for actor in actors], len(actors)
-    later = (number + 1) // 3  # turns of others in which an actor infers
-    # A staggered start, actor i ahead by i / number of an unroll: if all ended at once, all would wait for a free one.
-    for i in range(number):
-        for _ in range(2 * (i * pool.args.unroll_length // number) + (i + later >= number)):
-            advance(i)
-    while not pool.closed:
-        for i in range(number):
-            advance(i)  # its environments have moved, and it infers
-            advance(i - later)  # it has inferred, and its environments move
+def prepare_stream(actor):
+    """A CUDA stream for an actor, whose parts become CUDA graphs. Returns it."""
+    for x in (actor.block.obs, actor.block.reward, actor.block.done, actor.block.action):
+        srwm_cuda.lock_pages(actor, x)
+    stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
+    stream.wait_stream(torch.cuda.current_stream())  # on which the actor's tensors get their first values
+    with torch.cuda.stream(stream):
+        actor.infer(0, actor.state)  # compiles kernels
+    if actor.args.cuda_graphs and actor.flags.on_stream:
+        memory = torch.cuda.graph_pool_handle()
+        actor.parts = [capture(part, stream, actor.generator, memory) for part in actor.parts]
+    return stream
 
 
-def lock_pages(owner, tensor):
-    """Page-locks a tensor's memory as long as its owner lives, so that the GPU copies from there by itself."""
-    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-    torch.cuda.check_error(int(error))
-    weakref.finalize(owner, lambda: torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())).atexit = False
-
-
-def capture(function, stream, generator=None):
+def capture(function, stream, generator=None, memory=None):
     """Captures a function without arguments, whose results are what it writes, into a CUDA graph. Returns a function
-    that replays it."""
+    that replays it. Graphs that are replayed one after another can share a pool of memory."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=stream):  # which first waits for the GPU
+    with torch.cuda.graph(graph, memory, stream):  # which first waits for the GPU
         function()
     return graph.replay
+
+
+def row_views(row, sizes, tensors):
+    """Views of a row of Weights in the shapes of the tensors, and of its version, (1,) int32."""
+    *parts, version = row.split(sizes)
+    views = [part.view(x.dtype).as_strided(x.shape, x.stride()) for part, x in zip(parts, tensors)]
+    return views, version.view(torch.int32)[:1]
 
 
 @torch.no_grad()
@@ -1331,15 +1361,97 @@ def answer_signals(handlers):
         return [signal.signal(*pair) for pair in zip((signal.SIGINT, signal.SIGTERM), handlers)]
 
 
+class Watch:
+    """Looks whether the processes of an engine live and answer."""
+
+    def __init__(self, engine):
+        self.engine, self.time = weakref.proxy(engine), time.monotonic()
+        self.steps = self.waited = 0  # of each vector, when it looked last
+
+    def check(self):
+        """Raises ChildProcessError if a process has ended, TimeoutError if one does not answer."""
+        for number, pid in enumerate(self.engine.processes):
+            if status := exit_status(pid):
+                raise ChildProcessError(f"process {number} of the engine ended {status}")
+        now, flags = time.monotonic(), np.concatenate([block.flags.numpy() for block in self.engine.blocks])
+        waits, passed = (flags[:, 0] == 1) & (flags[:, 1] == self.steps), min(1, now - self.time)  # 1: after Ctrl-Z
+        self.steps, self.waited, self.time = flags[:, 1], np.where(waits, self.waited + passed, 0), now
+        if self.waited.max() > STUCK_AFTER:
+            owner = flags[self.waited.argmax(), 2]
+            raise TimeoutError(f"process {owner} of the engine has not answered for {STUCK_AFTER} seconds")
+
+
 def check_actors(pool):
-    """Raises the exception that an actor died of, and TimeoutError if its environments do not answer."""
+    """Raises the exception that an actor died of, or what Watch.check does."""
     if pool.error is not None:
         raise pool.error
-    for actor in pool.actors:
-        if (since := actor.waiting_since) and time.monotonic() - since > STUCK_AFTER:
-            time.sleep(1)  # after Ctrl-Z, or a laptop's sleep, they answer now
-            if actor.waiting_since == since:
-                raise TimeoutError(f"{actor.name}: its environments have not answered for {STUCK_AFTER} seconds")
+    pool.engine.watch.check()
+
+
+def make_block(B, owners):
+    """Tensors in anonymous memory, which processes that are forked share: nothing is left of it when all have ended."""
+    def zeros(dtype, *shape):
+        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+    flags = zeros(torch.int32, len(owners), 16)  # flag, steps, number of the process; a cache line
+    flags[:, 0], flags[:, 2] = 1, torch.tensor(owners)
+    return SimpleNamespace(obs=zeros(torch.uint8, B, *FRAME_SHAPE), reward=zeros(torch.float32, B),
+                           done=zeros(torch.bool, B), action=zeros(torch.int32, B), flags=flags)
+
+
+def start_process(function, *arguments):
+    """Forks a process that calls the function, and ends when this thread does. Returns its number. What is forked after
+    the first engine has loaded its pictures, 350 MB, shares them. Locks that other threads may hold do not matter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads
+        parent, pid = os.getpid(), os.fork()
+    if pid:
+        return pid
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # which terminals and schedulers send to all: the parent ends it
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            sys.stderr = open(2, "w", closefd=False)  # in a notebook it is something else
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, for a parent that is killed
+        libc.prctl(29, 1000)  # PR_SET_TIMERSLACK, in nanoseconds: a short sleep is short
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):
+                os.close(number) if number > 2 else None  # the run's lock, sockets
+        torch.set_num_threads(1)
+        if os.getppid() == parent:
+            function(*arguments)
+    except BaseException:
+        sys.__excepthook__(*sys.exc_info())
+    finally:
+        os._exit(1)
+
+
+def end_threads(pool):
+    """Waits for a closed pool's threads. Its engine has ended: threads and streams would wait for its flags."""
+    begin = time.monotonic()
+    while any(thread.is_alive() for thread in pool.threads) and time.monotonic() - begin < STUCK_AFTER:
+        for block in pool.engine.blocks:
+            block.flags.zero_()
+        time.sleep(0.01)
+
+
+def end_processes(pids):
+    for pid in pids:
+        if not exit_status(pid):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    pids.clear()
+
+
+def exit_status(pid):
+    """How a process that was forked here ended, in words; None if it runs."""
+    try:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return "status unknown"
+    code = os.waitstatus_to_exitcode(status)
+    return ended and (f"with status {code}" if code >= 0 else f"by {signal.Signals(-code).name}")
 
 
 def main():
@@ -1364,7 +1476,7 @@ def main():
             print(f"{SCRIPT}: error: {error}", file=sys.stderr)
             sys.exit(2)
         train(run, stop)
-    except (FloatingPointError, TimeoutError) as error:
+    except (ChildProcessError, FloatingPointError, TimeoutError) as error:
         sys.exit(f"{SCRIPT}: stopped, the last checkpoint is kept: {error}")
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -16,6 +16,7 @@ a ratio is that of two turns in one round, so that a host that is slower for a w
 
 import argparse
 import atexit
+import contextlib
 import importlib
 import os
 import re
@@ -36,7 +37,7 @@ SETTLE = 2  # seconds after a turn's begin that do not count
 AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta",
           "delta": "delta", "lstm": "lstm", "fake_sr": "fake_sr"}
 ENVIRONMENTS = {  # actors and environments of each, by whether there is a GPU
-    True: ("2 x 24", "1 x 96", "2 x 96", "4 x 96", "8 x 72", "8 x 84", "8 x 90", "4 x 192", "8 x 192"),
+    True: ("2 x 24", "1 x 96", "2 x 96", "4 x 96", "8 x 72", "8 x 84", "8 x 96", "4 x 180", "8 x 192"),
     False: ("1 x 36", "1 x 72", "2 x 36")}
 
 
@@ -84,7 +85,7 @@ class Run:
         path = PROJECT / f"impala_procgen_{script}.py"
         self.command = [sys.executable, *launch, path, *words, "--exp-name", self.exp_name]
         own_cores = sorted(os.sched_getaffinity(0))[:cores]
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True,
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True, start_new_session=True,
                                         preexec_fn=lambda: os.sched_setaffinity(0, own_cores))
         atexit.register(self.process.terminate if processes > 1 else self.process.kill)  # also one that is stopped
         self.reader = threading.Thread(target=self.read, daemon=True)
@@ -111,12 +112,25 @@ class Run:
                 sys.exit(f"{' '.join(map(str, self.command))}: ended too early")
             time.sleep(0.1)
 
+    def signal(self, number):
+        """Sends a signal to the process and to those that it started."""
+        os.killpg(self.process.pid, number)
+
+    def memory(self):
+        """Host memory of the process and of those that it started, in GB; what several share counts once."""
+        total = 0
+        for path in Path("/proc").glob("[0-9]*/smaps_rollup"):
+            with contextlib.suppress(OSError):  # has ended, or is another user's
+                if os.getpgid(int(path.parent.name)) == self.process.pid:
+                    total += int(re.search(r"^Pss: +(\d+)", path.read_text(), re.MULTILINE)[1])
+        return total / 2**20
+
     def turn(self, seconds):
         """Lets this run go on for a while. Returns steps a second."""
-        os.kill(self.process.pid, signal.SIGCONT)
+        self.signal(signal.SIGCONT)
         begin = time.time() + SETTLE
         self.wait(lambda: self.since(begin)[0] >= seconds)
-        os.kill(self.process.pid, signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
         seconds, steps = self.since(begin)
         return steps / seconds
 
@@ -130,11 +144,11 @@ class Run:
         return done / seconds, self.lines[-1][1]
 
     def end(self):
-        """Ends the run. Returns its policy lag and normalized return, means over the last tenth, and its peak memory in
-        GB."""
+        """Ends the run. Returns its policy lag and normalized return, means over the last tenth, and its memory in GB."""
+        memory = self.memory()
         os.kill(self.process.pid, signal.SIGTERM)
-        os.kill(self.process.pid, signal.SIGCONT)
-        _, status, usage = os.wait4(self.process.pid, 0)
+        self.signal(signal.SIGCONT)
+        _, status = os.waitpid(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
         of_torchrun = "torch.distributed.run" in self.command  # which says 1 when it was told to stop
         if self.process.returncode and not of_torchrun:
@@ -145,7 +159,7 @@ class Run:
             events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
             last = [event.value for event in events if event.step >= 0.9 * events[-1].step]
             means.append(statistics.mean(last or [float("nan")]))
-        return *means, usage.ru_maxrss / 2**20
+        return *means, memory
 
 
 def one_after_another(rows, seconds, steps):
@@ -165,7 +179,7 @@ def by_turns(rows, seconds, turns):
     runs = [Run(number, f"{words} --log-interval 0.5", *row) for number, (_, words, *row) in enumerate(rows)]
     for run in runs:
         run.wait(lambda run=run: run.lines)
-        os.kill(run.process.pid, signal.SIGSTOP)
+        run.signal(signal.SIGSTOP)
     speeds = [[run.turn(seconds) for run in runs] for _ in range(turns)]  # (turns, runs)
     print("| run | steps a second, median (least, greatest) | ratio, median (least, greatest) | policy lag "
           "| host memory, GB |")

@@ -75,22 +75,22 @@ class Game:
         self.ended, self.pause = False, FPS  # pictures for which the end stays
         self.env = self.make(self.level)
         self.policy.begin_episode(self.slot, self.name, self.level)
-        self.show()
+        self.show(self.env.observe()[1])
 
-    def show(self):
+    def show(self, obs):
         """Keeps what there is to see: for the agent, and for people if the environment was made to."""
-        self.frame = self.env.observe()[1]["rgb"][0]
+        self.frame = obs["rgb"][0]
         self.picture = self.env.get_info()[0].get("rgb", self.frame).copy()
         self.policy.frames[self.slot] = self.frame
 
     def step(self, actions):
         """Acts. Returns the reward. At an episode's end the last picture stays: procgen shows the next one already."""
         self.env.act(actions[self.slot : self.slot + 1])
-        reward, _, ended = self.env.observe()
+        reward, obs, ended = self.env.observe()
         self.policy.reward[self.slot], self.ended = reward[0], bool(ended[0])
         self.total += float(reward[0])
         if not self.ended:
-            self.show()
+            self.show(obs)
         return float(reward[0])
 
     def advance(self, actions):

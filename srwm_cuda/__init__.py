@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from . import cnn, kernels, reference
 from .cnn import is_impala_cnn
+from .flags import Flags, lock_pages
 
-__all__ = ["delta_rule", "impala_cnn", "is_impala_cnn", "reference", "srwm"]
+__all__ = ["Flags", "delta_rule", "impala_cnn", "is_impala_cnn", "lock_pages", "reference", "srwm"]
 
 KERNEL_HEAD_SIZES = (8, 16, 32, 64)
 MAX_COLUMNS, LANES = 512, 4  # as in common.cuh: columns of a matrix, and threads that sum over those of one row together

@@ -45,13 +45,13 @@ def launch(source, kernel, grid, block, shared_bytes, *arguments):
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     with torch.cuda.device(device):
         with _loading:
-            _cuda("cuCtxSetCurrent", _context(device.index))  # in a new thread, PyTorch may not have done so yet
+            make_current(device)
             loaded = _load(source, kernel, device)
             if shared_bytes > loaded.shared_bytes:
-                _cuda("cuFuncSetAttribute", loaded.function, 8, shared_bytes)  # 8: how much of it a launch may ask for
+                driver("cuFuncSetAttribute", loaded.function, 8, shared_bytes)  # 8: how much of it a launch may ask for
                 loaded.shared_bytes = shared_bytes
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _cuda("cuLaunchKernel", loaded.function, *grid, *block, shared_bytes, stream, addresses, None)
+        driver("cuLaunchKernel", loaded.function, *grid, *block, shared_bytes, stream, addresses, None)
 
 
 @functools.cache
@@ -148,20 +148,25 @@ def _nvrtc_version():
 def _load(source, kernel, device):
     name, cubin = compiled(source, kernel, architecture_of(device))
     module, function, mode = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(2)
-    _cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # 2: loading is allowed while some thread captures a graph
+    driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # 2: loading is allowed while some thread captures a graph
     try:
-        _cuda("cuModuleLoadData", ctypes.byref(module), cubin)
-        _cuda("cuModuleGetFunction", ctypes.byref(function), module, name)
+        driver("cuModuleLoadData", ctypes.byref(module), cubin)
+        driver("cuModuleGetFunction", ctypes.byref(function), module, name)
     finally:
-        _cuda("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
     return types.SimpleNamespace(function=function, shared_bytes=0)
+
+
+def make_current(device):
+    """Lets the calling thread's calls of the driver go to that device. In a new thread, PyTorch may not have done so yet."""
+    driver("cuCtxSetCurrent", _context(torch.cuda.current_device() if device.index is None else device.index))
 
 
 @functools.cache
 def _context(index):
     """The device's context that PyTorch uses, too."""
     context = ctypes.c_void_p()
-    _cuda("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
+    driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
     return context
 
 
@@ -183,7 +188,8 @@ def _driver():
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
-def _cuda(function, *arguments):
+def driver(function, *arguments):
+    """Calls a function of the CUDA driver. Raises RuntimeError with its text, AttributeError if there is no such function."""
     if error := getattr(_driver(), function)(*arguments):
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(error, ctypes.byref(text))

@@ -49,6 +49,21 @@ def no_process_outlives_its_test(monkeypatch):
             process.kill()
 
 
+@pytest.fixture(autouse=True)
+def no_engine_outlives_its_test(monkeypatch):
+    """Closes the engines that a test has made by itself."""
+    made, begin = [], impala_procgen_srwm.Engine.__init__
+
+    def note(engine, *words, **options):
+        begin(engine, *words, **options)
+        made.append(engine.close)
+
+    monkeypatch.setattr(impala_procgen_srwm.Engine, "__init__", note)
+    yield
+    for close in made:
+        close()
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """Runs a script's main() in an empty folder with the given words as its command line."""

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
     ("--multi-env 6 --num-envs 32", "--num-envs must be a multiple of 6"),
     ("--num-envs 0", "--num-envs must be positive"),
     ("--num-actors 0", "--num-actors must be positive"),
+    ("--num-servers 0", "--num-servers must be positive"),
     ("--num-actors 1 --num-envs 6 --batch-size 7", "--batch-size must be at most 6"),
     ("--batch-size 0", "--batch-size must be positive"),
     ("--unroll-length -1", "--unroll-length must be positive"),

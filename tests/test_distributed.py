@@ -42,6 +42,7 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
         assert all(torch.equal(first[moment][name], second[moment][name]) for name in first[moment])
     assert not torch.equal(first["batch"]["obs"], second["batch"]["obs"])
     assert len(first["seeds"]) == 3 and not set(first["seeds"]) & set(second["seeds"])
+    assert len(first["engine_seeds"]) >= 3 and not set(first["engine_seeds"]) & set(second["engine_seeds"])
     torch.manual_seed(1)
     assert torch.equal(script.Agent(script.Args(cuda=False)).layers[0].W, first["before"]["layers.0.W"])
 

@@ -22,10 +22,11 @@ TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --b
 STEPS = 10  # of an update with these
 
 
-def start(folder, *words, **variables):
+def start(folder, *words, start_new_session=False, **variables):
     words = [sys.executable, SCRIPT, *TINY, *map(str, words)]
     environment = os.environ | dict(OMP_NUM_THREADS="1") | variables  # two of these run at once on two cores
-    return subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+                            start_new_session=start_new_session)
 
 
 def wait_for(process, beginning):
@@ -125,7 +126,9 @@ def test_a_full_disk_under_the_log_does_not_end_training(tmp_path):
                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)))
     assert end.returncode == 1 and "checkpoint.pt could not be written" in end.stderr, end.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert log(run)["SPS"][-1][0] == 300 and not list(run.glob("*.tmp"))
+    steps = [0, *(step for step, _ in log(run)["SPS"]), 310]
+    assert all(later - step <= 20 for step, later in zip(steps, steps[1:]))  # only the entry that finds the disk full is lost
+    assert len(steps) < 32 and not list(run.glob("*.tmp"))
 
 
 def test_a_run_whose_output_nobody_reads_any_more_is_saved(tmp_path):
@@ -205,36 +208,121 @@ def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_las
     assert all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
 
 
-@pytest.mark.parametrize("method", ["act", "observe"])  # where the engine moves, without and with threads of its own
+@pytest.mark.parametrize("method, deterministic", [("act", False), ("act", True), ("observe", False)])
 @pytest.mark.parametrize("start_level", [0, 500], ids=["training", "validation"])
-def test_stuck_environments_end_the_run(start_level, method, train, monkeypatch):
-    make_envs, calls, forever = script.make_envs, [], threading.Event()
+def test_stuck_environments_end_the_run(start_level, method, deterministic, train, monkeypatch):
+    make_envs, trainer = script.make_envs, os.getpid()
 
     def make_stuck_envs(args, *rest):
-        envs = make_envs(args, *rest)
+        envs, calls = make_envs(args, *rest), []
         function = getattr(envs, method)
-        if args.start_level != start_level:
-            return envs
 
         def get_stuck(*words):
             calls.append(1)
             if len(calls) == 4:
-                forever.wait()
+                time.sleep(1000)
             return function(*words)
 
-        setattr(envs, method, get_stuck)
+        if args.start_level == start_level and os.getpid() != trainer:
+            setattr(envs, method, get_stuck)
         return envs
 
     monkeypatch.setattr(script, "make_envs", make_stuck_envs)
     monkeypatch.setattr(script, "STUCK_AFTER", 1)
     begin = time.time()
-    with pytest.raises(SystemExit, match=r"actor \d: its environments have not answered for 1 seconds"):
-        train("--total-steps", 20_000, "--valid-num-levels", 5)
+    with pytest.raises(SystemExit, match=r"checkpoint is kept: process \d of the engine has not answered for 1 seconds"):
+        train("--total-steps", 20_000, "--valid-num-levels", 5, *["--deterministic"] * deterministic)
     assert time.time() - begin < 40
-    forever.set()
-    for thread in threading.enumerate():  # or Python's end may meet one in the middle of a step
-        if "(run)" in thread.name:
-            thread.join(timeout=30)
+
+
+def children(pid):
+    return [int(number) for task in Path(f"/proc/{pid}/task").iterdir() for number in (task / "children").read_text().split()]
+
+
+def runs(pid):
+    """Whether there is such a process, and not only its exit status, which a container's first process may never ask for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_ended(pids, seconds):
+    """That no such process runs any more after so many seconds."""
+    end = time.time() + seconds
+    while any(map(runs, pids)) and time.time() < end:
+        time.sleep(0.01)
+    assert not [pid for pid in pids if runs(pid)]
+
+
+@pytest.mark.parametrize("word", ["", "--deterministic"])
+def test_a_process_of_the_engine_that_is_killed_ends_the_run_in_one_line(word, tmp_path):
+    process = start(tmp_path, "--total-steps", 10_000_000, "--save-interval", 0, "--num-servers", 2, *word.split())
+    for _ in range(5):
+        wait_for(process, "step")
+    engine, begin = children(process.pid), time.time()
+    assert len(engine) == 2
+    os.kill(engine[1], signal.SIGKILL)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and time.time() - begin < 10
+    assert error.count("\n") == 1 and "the last checkpoint is kept: process 1 of the engine ended by SIGKILL" in error
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read(run / "checkpoint.pt")["step"] > 0
+    assert_ended(engine, 2)
+
+
+def test_a_process_of_the_engine_that_is_stopped_ends_the_run_in_one_line(train, monkeypatch, capfd):
+    begin, stopped = script.ActorPool.start, []
+
+    def begin_and_stop_later(pool):
+        begin(pool)
+        stopped.extend(pool.engine.processes)
+        threading.Timer(0.5, os.kill, [stopped[1], signal.SIGSTOP]).start()
+
+    monkeypatch.setattr(script.ActorPool, "start", begin_and_stop_later)
+    monkeypatch.setattr(script, "STUCK_AFTER", 1)
+    with pytest.raises(SystemExit, match="checkpoint is kept: process 1 of the engine has not answered for 1 seconds"):
+        train("--total-steps", 10_000_000, "--num-servers", 2)
+    assert capfd.readouterr().err == ""  # the line itself is Python's, as it exits
+    assert len(stopped) == 2
+    assert_ended(stopped, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_stream_that_waits_for_an_engine_that_died_or_hangs_does_not_keep_the_run(number, tmp_path):
+    words = "--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --num-servers 2 --log-interval 0".split()
+    program = "import impala_procgen_srwm as s; s.STUCK_AFTER = 3; s.main()"
+    environment = os.environ | dict(PYTHONPATH=f"{SCRIPT.parent}:{':'.join(sys.path)}")
+    process = subprocess.Popen([sys.executable, "-c", program, *words], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=environment)
+    wait_for(process, "step")
+    engine, begin = children(process.pid), time.time()
+    os.kill(engine[0], number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.time() - begin < 20 and "process 0 of the engine" in error
+    assert_ended(engine, 2)
+
+
+def test_a_trainer_that_is_killed_leaves_no_process(tmp_path):
+    process = start(tmp_path, "--total-steps", 10_000_000, "--num-servers", 2, "--valid-num-levels", 5)
+    wait_for(process, "step")
+    engine = children(process.pid)
+    assert len(engine) == 3  # one of the validation
+    os.kill(engine[0], signal.SIGSTOP)  # also one that hangs
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert_ended(engine, 2)
+
+
+def test_ctrl_c_reaches_the_whole_group_and_the_run_is_saved(tmp_path):
+    process = start(tmp_path, "--total-steps", 10_000_000, "--num-servers", 2, start_new_session=True)
+    wait_for(process, "step")
+    engine = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 0 and error == "" and "saved runs" in out
+    assert_ended(engine, 2)
 
 
 def test_memory_that_is_too_small_is_explained(train, monkeypatch):
@@ -314,10 +402,9 @@ def test_training_goes_on_without_the_process_of_weights_and_biases(tmp_path):
     process = start(tmp_path, "--track", "--log-interval", 0.2, WANDB_MODE="offline")
     wait_for(process, "step")
     (run,) = tmp_path.glob("runs/*")
-    children = [int(number) for task in Path(f"/proc/{process.pid}/task").iterdir()
-                for number in (task / "children").read_text().split()]
-    for child in children:
-        os.kill(child, signal.SIGKILL)
+    for child in children(process.pid):
+        if b"wandb" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
     wait_for(process, "training goes on without Weights & Biases")
     for _ in range(3):
         wait_for(process, "step")

@@ -1,5 +1,6 @@
 """Training on the real engine: a few updates, the log, checkpoints, resuming, signals, errors."""
 
+import contextlib
 import gzip
 import importlib
 import json
@@ -20,6 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import impala_procgen_srwm as script
+import srwm_cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,25 +41,24 @@ def parts(args, games=("maze", "leaper")):
     torch.manual_seed(0)
     agent = script.Agent(args).to("cuda" if args.cuda else "cpu")
     episodes = script.Episodes(games)
-    (actor,) = pool_of(agent, args, episodes).actors
-    unroll = script.Unroll(agent, args.unroll_length, args.num_envs)
-    return actor, script.Learner(agent, args), unroll, episodes
+    learner = script.Learner(agent, args)
+    (actor,) = pool_of(learner, args, episodes).actors
+    return actor, learner, script.Unroll(agent, args.unroll_length, args.num_envs), episodes
 
 
-def pool_of(agent, args, episodes):
-    return script.ActorPool(args, episodes, script.Weights(agent), seed=1, stop=script.Stop(), num_unrolls=2)
+def pool_of(learner, args, episodes):
+    engine = script.Engine(args, list(episodes.recent), seed=1)
+    return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
 
 def play(actor, unroll, unrolls=1):
     """Lets the actor play, on this thread."""
     with torch.cuda.stream(actor.stream):
         for _ in range(unrolls):
-            for _ in actor.play(unroll):
-                pass
-    unroll.ready.wait()
+            actor.play(unroll)
 
 
-ARGS = dict(cuda=False, bf16=False, num_actors=1, num_envs=6, unroll_length=20, batch_size=4)
+ARGS = dict(cuda=False, bf16=False, num_actors=1, num_envs=6, num_servers=1, unroll_length=20, batch_size=4)
 
 
 @pytest.mark.parametrize("carry_state", [True, False])
@@ -108,7 +109,7 @@ def test_actions_are_samples_of_the_policy():
     with torch.no_grad():
         agent.policy.weight.zero_()
         agent.policy.bias.copy_(torch.linspace(-2, 2, 15))
-    (actor,) = pool_of(agent, args, script.Episodes(["maze"])).actors
+    (actor,) = pool_of(script.Learner(agent, args), args, script.Episodes(["maze"])).actors
     unroll = script.Unroll(agent, 400, 6)
     play(actor, unroll)
     counts, p = torch.bincount(unroll.action.flatten(), minlength=15), agent.policy.bias.detach().softmax(0)
@@ -125,20 +126,52 @@ def test_an_actor_that_takes_turns_with_the_learner_is_on_policy(train):
     assert max(entropies) - min(entropies) > 0.1  # the policy moved
 
 
-def test_no_two_actors_play_the_same_nor_does_a_resumed_run_play_again(train, command, monkeypatch):
-    make_envs, seeds = script.make_envs, []
+@pytest.mark.parametrize("num_servers, ends", [(3, [2, 4, 6]), (4, [1, 3, 4, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_environments_play_the_game_of_their_number_and_move_by_their_own_actions_in_whichever_process(num_servers, ends):
+    """Each process has a part of the six, up to one of the ends. The second of four begins with the second game."""
+    args, begin = script.Args(**ARGS | dict(num_servers=num_servers)), 0
+    actor, _, unroll, _ = parts(args)
+    play(actor, unroll)
+    assert len(actor.pool.engine.processes) == len(ends)
+    for number, end in enumerate(ends):
+        games = [("maze", "leaper")[n % 2] for n in range(begin, end)]
+        envs = script.make_envs(args, games, end - begin, seed=1 + number)
+        for t in range(21):
+            reward, obs, done = envs.observe()
+            for seen, now in zip(unroll.inputs, (obs["rgb"], reward, done)):
+                assert (seen[t, begin:end].numpy() == now).all()
+            if t < 20:
+                envs.act(unroll.action[t, begin:end].int().numpy())
+        begin = end
+
+
+def test_a_process_plays_for_several_actors():
+    args = script.Args(**ARGS | dict(num_actors=4, num_servers=2))
+    engine = script.Engine(args, ["maze", "leaper"], seed=1)
+    assert [block.flags[:, 2].tolist() for block in engine.blocks] == [[0], [1], [0], [1]] and len(engine.processes) == 2
+    assert [len(block.flags) for block in engine.blocks] == [1, 1, 1, 1] and engine.next_seed == 5
+    one_actor = script.Engine(script.Args(**ARGS | dict(num_envs=2, num_servers=5)), ["maze", "leaper"], seed=1)
+    assert len(one_actor.processes) == 2  # no process without an environment
+
+
+def test_no_two_vectors_play_the_same_nor_does_a_resumed_run_play_again(train, command, monkeypatch, tmp_path):
+    make_envs = script.make_envs
 
     def noted(args, games, num, seed, *rest, **options):
-        if num > len(games):  # all but the trial at the start
-            seeds.append(seed)
+        if os.getpid() != trainer:
+            with open(tmp_path / "seeds", "a") as file:
+                file.write(f"{seed}\n")
         return make_envs(args, games, num, seed, *rest, **options)
 
     monkeypatch.setattr(script, "make_envs", noted)
-    run = train("--total-steps", 20, "--valid-num-levels", 5)
+    trainer = os.getpid()
+    words = ("--num-servers", 2, "--valid-num-levels", 5)
+    run = train("--total-steps", 20, *words)
     command(script, "--resume", run, "--total-steps", 40)
-    assert len(seeds) == 6 == len(set(seeds))  # two actors and a validator, twice
+    seeds = [int(line) for line in (tmp_path / "seeds").read_text().split()]
+    assert len(seeds) == 10 == len(set(seeds))  # two vectors of each of two actors, and one of the validation, twice
     envs = [make_envs(script.Args(), ["maze"], 1, seed) for seed in seeds]
-    assert len({bytes(env.observe()[1]["rgb"]) for env in envs}) > 4  # of 200 levels, two may be the same
+    assert len({bytes(env.observe()[1]["rgb"]) for env in envs}) > 7  # of 200 levels, two may be the same
 
 
 def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes(train, monkeypatch):
@@ -165,37 +198,75 @@ def test_a_resumed_run_goes_on_with_weights_and_episodes(train, command):
     assert all(tuple(after["episodes"][game][0]) == episodes[game][0] for game in episodes)
 
 
-def test_an_actor_takes_the_newest_weights_every_five_steps_and_an_unroll_knows_their_mean_version():
+def test_an_actor_takes_the_newest_weights_at_each_step_and_an_unroll_knows_their_versions(monkeypatch):
     actor, learner, unroll, _ = parts(script.Args(**ARGS))
-    policy = learner.agent.policy.requires_grad_(False)
+    policy, observe = learner.agent.policy.requires_grad_(False), script.Actor.observe
     policy.weight.zero_()
-    steps = actor.play(unroll)
-    for version in range(1, ARGS["unroll_length"] + 1):  # newer weights come before each step
-        policy.bias[0] = version
-        actor.weights.publish(learner.agent)
-        next(steps), next(steps)
-    assert list(steps) == []
-    assert unroll.logits[:, :, 0].tolist() == [[step - step % 5 + 1] * 6 for step in range(20)]
-    assert unroll.version == np.mean([1, 6, 11, 16])
+
+    def observe_and_publish(actor, t):
+        observe(actor, t)
+        policy.bias[0] = t  # newer weights come before each step
+        learner.weights.publish()
+
+    monkeypatch.setattr(script.Actor, "observe", observe_and_publish)
+    play(actor, unroll)
+    assert unroll.logits[:, :, 0].tolist() == [[step] * 6 for step in range(20)]
+    assert unroll.version.tolist() == [[step + 2] * 6 for step in range(20)]  # 1: of the initial weights
+
+
+def test_parameters_and_buffers_of_every_type_travel_with_the_weights_and_keep_their_memory_format():
+    def network():
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.LayerNorm(5))
+        model.register_buffer("mask", torch.zeros(7, dtype=torch.bool))
+        model.register_buffer("narrow", torch.zeros(3, dtype=torch.bfloat16))
+        return model.to(memory_format=torch.channels_last)
+
+    source, target = network(), network()
+    weights = script.Weights(source)
+    weights.attach(target)
+    for number in range(1, 20):  # more than the ring has rows
+        for x in source.state_dict().values():
+            x.copy_(torch.rand(x.shape) * 100 > 50 if x.dtype == torch.bool else torch.rand(x.shape) * 100)
+        source[1].num_batches_tracked += 2**53  # no float32 has the numbers beyond
+        weights.publish()
+        weights.fetch(target)
+        assert target.version.tolist() == [number + 1] == weights.newest.tolist()
+        for name, x in source.state_dict().items():
+            assert torch.equal(x, target.state_dict()[name]), name
+    assert all(x.stride() == target.state_dict()[name].stride() for name, x in source.state_dict().items())
+    assert target[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert target[1].num_batches_tracked.dtype == torch.int64 and target.mask.dtype == torch.bool
 
 
 def test_batches_take_every_environment_of_every_unroll_once():
     args = script.Args(**ARGS)
-    agent = script.Agent(args)
-    learner = script.Learner(agent, args)
-    pool = pool_of(agent, args, script.Episodes(["maze", "leaper"]))
+    learner = script.Learner(script.Agent(args), args)
+    pool = pool_of(learner, args, script.Episodes(["maze", "leaper"]))
     for first in (0, 6):
         unroll = pool.free.get()
         unroll.reward += torch.arange(first, first + 6)
         unroll.state[0].add_(torch.arange(first, first + 6).view(-1, 1, 1, 1))
-        unroll.version = first
+        unroll.version += first
         pool.full.put(unroll)
+    learner.weights.newest.fill_(10)
     seen, lags = [], []
     for _ in range(3):
-        lags.append(learner.fill(pool, version=10))
+        assert learner.fill(pool)
+        lags.append(learner.loss()[1]["policy_lag"].item())
         seen += learner.batch.reward[3].tolist()
         assert torch.equal(learner.batch.state[0][:, 0, 0, 0], learner.batch.reward[-1])
     assert seen == list(range(12)) and lags == [10, 7, 4] and pool.free.qsize() == 2
+
+
+def test_episodes_are_counted_over_the_ends_of_unrolls():
+    episodes = script.Episodes(["maze", "leaper"])
+    rewards, dones = np.zeros((4, 2)), np.zeros((4, 2), dtype=bool)
+    rewards[:, 0], rewards[:, 1] = (1, 2, 3, 4), (10, 20, 30, 40)
+    dones[1, 0] = dones[2, 0] = dones[3, 1] = True
+    totals = episodes.add_unroll(rewards, dones, np.zeros((2, 2)))
+    assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1)], "leaper": [(100.0, 4)]}
+    episodes.add_unroll(rewards, dones, totals)
+    assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1), (7.0, 3), (3.0, 1)], "leaper": [(100.0, 4), (100.0, 4)]}
 
 
 @pytest.mark.parametrize("reward_clipping", ["abs_one", "none", "normalize"])
@@ -207,6 +278,8 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     unroll.reward.copy_(torch.randn(21, 4) * 3)
     if reward_clipping == "normalize":
         unroll.reward_scale.copy_(torch.tensor([[0.5, 2.0, 0.1, 1.0]]))
+    unroll.version.copy_(torch.randint(40, (20, 4)))
+    learner.weights.newest.fill_(50)
     for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
         mine.copy_(theirs)
     learner.batch.logits += torch.randn(20, 4, 15)
@@ -223,7 +296,8 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     policy, baseline = -(pi.log_prob(unroll.action) * advantages).sum(), 0.5 * (vs - values[:-1]).square().sum()
     expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
-    parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, log_rhos.exp().clamp(max=1).sum()]) / 80
+    rho, lag = log_rhos.exp().clamp(max=1).sum(), (50 - unroll.version).sum()
+    parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, rho, lag]) / 80
     torch.testing.assert_close(torch.stack([*statistics.values()]), parts_per_step, rtol=1e-4, atol=1e-4)
 
 
@@ -390,15 +464,17 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     args, games = script.Args(valid_num_levels=5, valid_start_level=700, **ARGS), ["maze", "leaper"]
     valid_args = script.validation_args(args, games)
     assert (valid_args.num_levels, valid_args.start_level, valid_args.num_actors, valid_args.num_envs) == (5, 700, 1, 16)
-    agent = script.Agent(args)
-    before = [parameter.clone() for parameter in agent.parameters()]
-    validation = script.Validation(args, games, script.Weights(agent), 1, script.Stop())
+    learner = script.Learner(script.Agent(args), args)
+    before = [parameter.clone() for parameter in learner.agent.parameters()]
+    engine = script.Engine(valid_args, games, seed=1)
+    validation = script.Validation(args, learner.weights, engine, 1, script.Stop())
     validation.start()
     unroll = validation.get()
     validation.close()
-    seeds = {info["level_seed"] for info in validation.actors[0].envs.get_info()}
-    assert seeds <= set(range(700, 705)) and unroll.done[0].all()
-    assert all(torch.equal(old, new) for old, new in zip(before, agent.parameters()))
+    envs = script.make_envs(valid_args, games, 16, seed=1)
+    assert (unroll.obs[0].numpy() == envs.observe()[1]["rgb"]).all() and unroll.done[0].all()
+    assert {info["level_seed"] for info in envs.get_info()} <= set(range(700, 705))
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.agent.parameters()))
 
 
 def test_a_profile_is_a_trace_of_ten_updates(train):
@@ -456,7 +532,12 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, command, 
     assert not (tmp_path / "exploded").exists()
 
 
-def test_an_exception_in_an_actor_ends_the_run_with_it(train, monkeypatch):
+def real_stderr():
+    """Lets sys.stderr be standard error, as it is without pytest, whose own file the engine's processes close."""
+    return contextlib.redirect_stderr(open(2, "w", buffering=1, closefd=False))
+
+
+def test_an_exception_in_an_environment_is_shown_and_ends_the_run(train, monkeypatch, capfd):
     make_envs, calls = script.make_envs, []
 
     def make_breaking_envs(*arguments, **options):
@@ -466,16 +547,68 @@ def test_an_exception_in_an_actor_ends_the_run_with_it(train, monkeypatch):
         def break_later(action):
             calls.append(1)
             if len(calls) > 30:
-                raise ValueError("the environment is on fire")  # which is not taken for an argument's
+                raise ValueError("the environment is on fire")
             act(action)
 
         envs.act = break_later
         return envs
 
     monkeypatch.setattr(script, "make_envs", make_breaking_envs)
-    with pytest.raises(ValueError, match="on fire"):
+    expected = r"the last checkpoint is kept: process \d of the engine ended with status 1"
+    with real_stderr(), pytest.raises(SystemExit, match=expected):
         train("--total-steps", 100_000)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
+    assert "ValueError: the environment is on fire" in capfd.readouterr().err
+    assert not [thread for thread in threading.enumerate() if "(run)" in thread.name]
+
+
+def test_an_exception_in_an_actor_ends_the_run_with_it(train, monkeypatch):
+    infer = script.Actor.infer
+
+    def break_later(actor, t, state):
+        if actor is actor.pool.actors[1] and actor.totals[1].any():  # in its second unroll
+            raise ValueError("the policy is on fire")  # which is not taken for an argument's
+        return infer(actor, t, state)
+
+    monkeypatch.setattr(script.Actor, "infer", break_later)
+    with pytest.raises(ValueError, match="the policy is on fire"):
+        train("--total-steps", 100_000)
+    assert not [thread for thread in threading.enumerate() if "(run)" in thread.name]
+
+
+def wrap(monkeypatch, change):
+    """Lets make_envs return an engine in a wrapper whose frames are changed ones."""
+    make_envs = script.make_envs
+
+    class Wrapper:
+        def __init__(self, envs):
+            self.act, self.envs = envs.act, envs
+
+        def observe(self):
+            reward, obs, done = self.envs.observe()
+            return reward + 1, dict(rgb=change(obs["rgb"])), done
+
+    monkeypatch.setattr(script, "make_envs", lambda *words, **options: Wrapper(make_envs(*words, **options)))
+    return make_envs
+
+
+def test_what_a_wrapper_around_the_environments_returns_is_what_the_agent_sees(monkeypatch):
+    make_envs = wrap(monkeypatch, lambda frames: 255 - frames)
+    args = script.Args(**ARGS)
+    actor, _, unroll, _ = parts(args)
+    play(actor, unroll)
+    envs = make_envs(args, ["maze", "leaper"], 6, seed=1)
+    for t in range(21):
+        reward, obs, _ = envs.observe()
+        assert (unroll.obs[t].numpy() == 255 - obs["rgb"]).all() and (unroll.reward[t].numpy() == reward + 1).all()
+        if t < 20:
+            envs.act(unroll.action[t].int().numpy())
+
+
+def test_frames_of_another_type_end_the_run(train, monkeypatch, capfd):
+    wrap(monkeypatch, lambda frames: frames / 255)
+    with real_stderr(), pytest.raises(SystemExit, match=r"process \d of the engine ended with status 1"):
+        train("--total-steps", 100)
+    assert "Cannot cast" in capfd.readouterr().err
 
 
 def test_a_signal_saves_and_leaves(tmp_path):
@@ -515,7 +648,7 @@ def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_
 
 def test_a_signal_ends_the_wait_for_an_unroll_even_if_its_handler_outlasts_the_wait():
     args = script.Args(**ARGS)
-    pool = pool_of(script.Agent(args), args, script.Episodes(["maze", "leaper"]))
+    pool = pool_of(script.Learner(script.Agent(args), args), args, script.Episodes(["maze", "leaper"]))
 
     def hear(number, frame):
         time.sleep(0.6)
@@ -569,18 +702,19 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
 
 @pytest.mark.gpu
 def test_without_cuda_graphs_values_can_be_looked_at_in_act_and_loss(command, monkeypatch, tmp_path):
-    act, loss, seen = script.Actor.act, script.Learner.loss, []
+    infer, loss, seen = script.Actor.infer, script.Learner.loss, []
 
-    def watched_act(actor):
-        act(actor)
-        seen.append(actor.t.item())
+    def watched_infer(actor, t, state):
+        state = infer(actor, t, state)
+        seen.append(actor.unroll.action[t].sum().item())
+        return state
 
     def watched_loss(learner):
         result = loss(learner)
         seen.append(result[0].item())
         return result
 
-    monkeypatch.setattr(script.Actor, "act", watched_act)
+    monkeypatch.setattr(script.Actor, "infer", watched_infer)
     monkeypatch.setattr(script.Learner, "loss", watched_loss)
     command(script, *"--cuda --no-cuda-graphs --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8".split(),
             "--total-steps", 4000)
@@ -590,18 +724,29 @@ def test_without_cuda_graphs_values_can_be_looked_at_in_act_and_loss(command, mo
 
 @pytest.mark.gpu
 def test_an_actor_waits_for_the_first_values_of_its_tensors(monkeypatch):
-    """Or else, on a GPU with much else to do, its first step writes to a time step that is whatever was in memory."""
+    """Or else, on a GPU with much else to do, they come after what its first step has written."""
     class Slow(script.Unroll):
         def __init__(self, *sizes):
-            super().__init__(*sizes)
             torch.cuda._sleep(10**9)  # clock ticks
+            super().__init__(*sizes)
 
+    args = script.Args(**ARGS | dict(cuda=True, cuda_graphs=False))
     with torch.cuda.stream(torch.cuda.Stream()):
-        parts(script.Args(**ARGS | dict(cuda=True)))  # what it allocates is there for the next
+        parts(args)  # what it allocates is there for the next
         monkeypatch.setattr(script, "Unroll", Slow)
-        actor, *_ = parts(script.Args(**ARGS | dict(cuda=True)))
+        for name in ("Flags", "lock_pages"):  # which may wait for the GPU
+            monkeypatch.setattr(srwm_cuda, name, lambda *words: None)
+        actor, *_ = parts(args)
     torch.cuda.synchronize()
-    assert actor.t.item() == 1
+    assert actor.unroll.logits[0].any()
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_stream_memory_operations_trains_too(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(srwm_cuda.flags, "can_wait_on_stream", lambda device: False)
+    command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 4000".split())
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read(run)["step"] == 4000
 
 
 @pytest.mark.gpu

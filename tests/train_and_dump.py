@@ -13,9 +13,9 @@ class Learner(script.Learner):
 
     first = second = None
 
-    def fill(self, pool, version):
+    def fill(self, pool):
         Learner.seeds = [actor.generator.initial_seed() for actor in pool.actors]
-        return super().fill(pool, version)
+        return super().fill(pool)
 
     def learned(self):
         return copy.deepcopy((self.agent.state_dict(), self.optimizer.state_dict()["state"]))
@@ -35,11 +35,18 @@ class Learner(script.Learner):
         return result
 
 
+def resolve(given):
+    args, games = resolve_args(given)
+    args.num_actors = (3, 1)[script.RANK]  # as on machines with other numbers of cores
+    return args, games
+
+
+resolve_args, script.resolve_args = script.resolve_args, resolve
 script.Learner = Learner
 launch = script.Launch()
 run = script.Run(launch, *script.parse_args(launch))
-run.args.num_actors = (3, 1)[script.RANK]  # as on machines with other numbers of cores
 for parameter in run.agent.parameters():
     parameter.data *= 1 + script.RANK / 1000  # as of a processor that rounds otherwise, though less
 script.train(run, script.Stop())
-torch.save(Learner.first | Learner.second | dict(last=run.agent.state_dict(), seeds=Learner.seeds), f"process{script.RANK}.pt")
+seeds = dict(seeds=Learner.seeds, engine_seeds=list(range(run.seed, run.engine.next_seed)))
+torch.save(Learner.first | Learner.second | seeds | dict(last=run.agent.state_dict()), f"process{script.RANK}.pt")
