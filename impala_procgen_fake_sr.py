@@ -360,9 +360,8 @@ class Actor:
         self.agent = Agent(args).to(device).requires_grad_(False)
         pool.weights.attach(self.agent)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
-        self.num_diverged = torch.zeros((), device=device)  # states that were reset
         self.generator = torch.Generator(device).manual_seed(pool.seed + index)
-        self.flags = srwm_cuda.Flags(self.block.flags, device)
+        self.num_diverged, self.flags = torch.zeros((), device=device), srwm_cuda.Flags(self.block.flags, device)
         self.parts = [lambda begin=begin: self.steps(begin, min(begin + 5, args.unroll_length))  # 5: steps in a graph
                       for begin in range(0, args.unroll_length, 5)]
         self.stream = prepare_stream(self) if args.cuda else None
@@ -392,12 +391,11 @@ class Actor:
     @torch.no_grad()
     def infer(self, t, state):
         """The newest policy's actions at time step t. Returns the state after it."""
-        unroll = self.unroll
         self.pool.weights.fetch(self.agent)
-        logits, _, state = self.agent(*(x[t : t + 1] for x in unroll.inputs), state)
+        logits, _, state = self.agent(*(x[t : t + 1] for x in self.unroll.inputs), state)
         exponential = torch.empty_like(logits[0]).exponential_(generator=self.generator)
         action = (logits[0].softmax(-1) / exponential).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
-        unroll.action[t], unroll.logits[t], unroll.version[t] = action, logits[0], self.agent.version
+        self.unroll.action[t], self.unroll.logits[t], self.unroll.version[t] = action, logits[0], self.agent.version
         self.block.action.copy_(action.int(), non_blocking=True)
         return state
 
@@ -463,8 +461,6 @@ class ActorPool:
 
     def close(self):
         self.closed = True
-        for actor in self.actors:
-            actor.free.put(None)
         self.engine.close()
         end_threads(self)
 
@@ -1413,6 +1409,8 @@ def start_process(function, *arguments):
 
 def end_threads(pool):
     """Waits for a closed pool's threads. Its engine has ended: threads and streams would wait for its flags."""
+    for actor in pool.actors:
+        actor.free.put(None)
     begin = time.monotonic()
     while any(thread.is_alive() for thread in pool.threads) and time.monotonic() - begin < STUCK_AFTER:
         for block in pool.engine.blocks:
