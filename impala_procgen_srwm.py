@@ -300,7 +300,7 @@ class Engine:
         while True:
             reward, obs, done = envs.observe()
             for shared, new in zip(inputs, (obs["rgb"], reward, done)):
-                np.copyto(shared, new)  # an error if the shape or the kind of numbers is another
+                np.concatenate([new], out=shared)  # a copy; an error if the shape or the kind of numbers is another
             flag[1] += 1  # for Watch
             flag[0] = 0
             yield
@@ -1398,12 +1398,14 @@ def make_block(B, owners):
 def start_process(function, *arguments):
     """Forks a process that calls the function, and ends when this thread does. Returns its number. What is forked after
     the first engine has loaded its pictures, 350 MB, shares them. Locks that other threads may hold do not matter."""
+    import gc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads
         parent, pid = os.getpid(), os.fork()
     if pid:
         return pid
     try:
+        gc.freeze()  # what the parent has left over stays: to close an engine while another is made can lock up cffi
         for number in (signal.SIGINT, signal.SIGTERM):  # which terminals and schedulers send to all: the parent ends it
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError):

@@ -604,11 +604,13 @@ def test_what_a_wrapper_around_the_environments_returns_is_what_the_agent_sees(m
             envs.act(unroll.action[t].int().numpy())
 
 
-def test_frames_of_another_type_end_the_run(train, monkeypatch, capfd):
-    wrap(monkeypatch, lambda frames: frames / 255)
+@pytest.mark.parametrize("change, expected", [
+    (lambda frames: frames / 255, "Cannot cast"), (lambda frames: frames[..., :1], "wrong shape")], ids=["type", "shape"])
+def test_frames_of_another_type_or_shape_end_the_run(change, expected, train, monkeypatch, capfd):
+    wrap(monkeypatch, change)
     with real_stderr(), pytest.raises(SystemExit, match=r"process \d of the engine ended with status 1"):
         train("--total-steps", 100)
-    assert "Cannot cast" in capfd.readouterr().err
+    assert expected in capfd.readouterr().err
 
 
 def test_a_signal_saves_and_leaves(tmp_path):
