@@ -2,11 +2,11 @@
 # procgen-mirror 0.10.7 (Linux, x86-64, Python 3.11): the first engine of a process loads the pictures of all sixteen games,
 # whichever game is asked for, and keeps them when it is closed. That is most of the time and memory that an engine costs.
 #
-# Seen on 29 November 2026 on two cores of an AMD EPYC: a first engine of one maze takes 350 MB and 2 to 3 seconds of
-# processor time; a second one, of sixteen environments of another game, about 5 MB and some hundredths of a second. A
-# process that is forked after the first engine pays nothing: its first engine is as cheap as the parent's second. Whoever
-# starts many processes of environments with `spawn`, or before an engine was made, pays for each: sixteen of them took 22
-# to 27 seconds and 6 GB, and 1.1 seconds and 0.9 GB when forked after an engine.
+# Seen on 29 November 2026 on two cores of an AMD EPYC: a first engine, of one maze, takes 350 MB and 1.8 seconds of processor
+# time; a second one, of sixteen environments of another game, 2 MB and less than a hundredth of a second. The first engine of
+# a process that is forked after that takes a hundredth of a second. Whoever starts many processes of environments with
+# `spawn`, or before an engine was made, pays for each: sixteen of them took 22 to 27 seconds and 6 GB, and 1.1 seconds and
+# 0.9 GB when forked after an engine.
 #
 # Fails if a first engine no longer costs ten times a second one, or if forked processes have to load the pictures again.
 set -euo pipefail
