@@ -37,6 +37,7 @@ import torch
 import tyro
 
 from reporting import tables
+from srwm_cuda import processes
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
@@ -297,7 +298,7 @@ class Policy:
     """
 
     def __init__(self, script, agent, args, greedy, seed, graph=True):
-        self.script, self.agent, self.args, self.greedy, self.seed = script, agent, args, greedy, seed
+        self.script, self.agent, self.args, self.greedy, self.seed = script, agent.eval(), args, greedy, seed
         self.device = next(agent.parameters(), torch.zeros(())).device
         cuda, B = self.device.type == "cuda", SLOTS[self.device.type]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
@@ -541,7 +542,7 @@ def main():
         try:
             args = command_line(__doc__, tyro.cli, f=Args, description="")
             runs = prepare(args)
-            runs[0].script.keep_freed_memory()
+            processes.keep_freed_memory()
         except BrokenPipeError:  # of --help | head
             os._exit(0)
         except (ValueError, OSError) as error:

@@ -36,17 +36,17 @@ def log(run):
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def parts(args, games=("maze", "leaper")):
+def parts(args, games=("maze", "leaper"), script=script):
     """An actor and a learner of the same weights, an empty unroll, and the episodes that the actor records."""
     torch.manual_seed(0)
     agent = script.Agent(args).to("cuda" if args.cuda else "cpu")
     episodes = script.Episodes(games)
     learner = script.Learner(agent, args)
-    (actor,) = pool_of(learner, args, episodes).actors
+    (actor,) = pool_of(learner, args, episodes, script).actors
     return actor, learner, script.Unroll(agent, args.unroll_length, args.num_envs), episodes
 
 
-def pool_of(learner, args, episodes):
+def pool_of(learner, args, episodes, script=script):
     engine = script.Engine(args, list(episodes.recent), seed=1)
     return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
@@ -180,7 +180,7 @@ def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes
     monkeypatch.setattr(script.ActorPool, "close", lambda pool: seen.append(pool) or close(pool))
     words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --save-extra-checkpoint 1340 --log-interval 60"
     run = train("--total-steps", 1360, *words.split())
-    pool, validation = seen
+    validation, pool = seen
     saved = script.load_checkpoint(run / "checkpoint_1340.pt", None)["model"]
     assert all(torch.equal(weight, saved[name]) for name, weight in validation.actors[0].agent.state_dict().items())
     assert not all(torch.equal(weight, saved[name]) for name, weight in pool.actors[0].agent.state_dict().items())
