@@ -810,6 +810,9 @@ class Run:
             self.valid_engine = Engine(validation_args(self.args, games), games, self.engine.next_seed)
         self.agent = make_agent(self.args, checkpoint)  # after the engine's processes, which know no GPU
         self.optimizer_state, self.episodes = checkpoint.get("optimizer"), Episodes(games, checkpoint.get("episodes"))
+        valid = ("valid_num_levels", "valid_start_level", "valid_distribution_mode")
+        same = all(checkpoint.get("args", {}).get(name) == getattr(given, name) for name in valid)
+        self.valid_episodes = Episodes(games, checkpoint.get("valid_episodes") if same else None)
         self.updates = self.skipped = self.skipped_in_a_row = 0  # the last two: of updates that are not finite
         self.validation = self.profiler = None
         self.parts = contextlib.ExitStack()  # to close in the end
@@ -826,7 +829,8 @@ class Run:
         if RANK == 0:
             self.logger = self.parts.enter_context(contextlib.closing(Logger(self)))
             if self.args.valid_num_levels:
-                validation = Validation(self.args, weights, self.valid_engine, self.seed + self.args.num_actors, stop)
+                validation = Validation(self.args, self.valid_episodes, weights, self.valid_engine,
+                                        self.seed + self.args.num_actors, stop)
                 self.validation = self.parts.enter_context(contextlib.closing(validation))
                 self.validation.start()
             if self.args.profile:
@@ -901,7 +905,7 @@ class Run:
         checkpoint = dict(script=SCRIPT, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
                           args=to_plain(self.given), before=self.before, step=self.step, best=best,
                           model=self.agent.state_dict(), optimizer=self.learner.optimizer.state_dict(),
-                          episodes=self.episodes.saved())
+                          episodes=self.episodes.saved(), valid_episodes=self.valid_episodes.saved())
         try:
             with open(path.with_suffix(".tmp"), "wb") as file:
                 torch.save(checkpoint, file)
@@ -958,8 +962,8 @@ class Episodes:
 class Validation(ActorPool):
     """An actor that plays held-out levels with the newest weights. Nothing is learned from it."""
 
-    def __init__(self, args, weights, engine, seed, stop):
-        super().__init__(engine.args, Episodes(engine.games), weights, engine, seed, stop, num_unrolls=1)
+    def __init__(self, args, episodes, weights, engine, seed, stop):
+        super().__init__(engine.args, episodes, weights, engine, seed, stop, num_unrolls=1)
         self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # in updates: 3 % of all steps
 
     def after_update(self, number):
