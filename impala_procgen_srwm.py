@@ -44,6 +44,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
 import srwm_cuda
@@ -857,6 +859,9 @@ class Run:
             self.parts.callback(self.valid_engine.close)
         self.agent = make_agent(self.args, checkpoint)  # after the engine's processes, which know no GPU
         self.optimizer_state, self.episodes = checkpoint.get("optimizer"), Episodes(games, checkpoint.get("episodes"))
+        valid = ("valid_num_levels", "valid_start_level", "valid_distribution_mode")
+        same = all(checkpoint.get("args", {}).get(name) == getattr(given, name) for name in valid)
+        self.valid_episodes = Episodes(games, checkpoint.get("valid_episodes") if same else None)
         self.updates = self.skipped = self.skipped_in_a_row = 0  # the last two: of updates that are not finite
         self.validation = self.profiler = None
         self.folder = make_folder(self.args)
@@ -873,7 +878,8 @@ class Run:
         if RANK == 0:
             self.logger = self.parts.enter_context(contextlib.closing(Logger(self)))
             if self.args.valid_num_levels:
-                validation = Validation(self.args, weights, self.valid_engine, self.seed + self.args.num_actors, stop)
+                validation = Validation(self.args, self.valid_episodes, weights, self.valid_engine,
+                                        self.seed + self.args.num_actors, stop)
                 self.validation = self.parts.enter_context(contextlib.closing(validation))
                 self.validation.start()
             if self.args.profile:
@@ -948,7 +954,7 @@ class Run:
         checkpoint = dict(script=SCRIPT, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
                           args=to_plain(self.given), before=self.before, step=self.step, best=best,
                           model=self.agent.state_dict(), optimizer=self.learner.optimizer.state_dict(),
-                          episodes=self.episodes.saved())
+                          episodes=self.episodes.saved(), valid_episodes=self.valid_episodes.saved())
         try:
             with open(path.with_suffix(".tmp"), "wb") as file:
                 torch.save(checkpoint, file)
@@ -1005,8 +1011,8 @@ class Episodes:
 class Validation(ActorPool):
     """An actor that plays held-out levels with the newest weights. Nothing is learned from it."""
 
-    def __init__(self, args, weights, engine, seed, stop):
-        super().__init__(engine.args, Episodes(engine.games), weights, engine, seed, stop, num_unrolls=1)
+    def __init__(self, args, episodes, weights, engine, seed, stop):
+        super().__init__(engine.args, episodes, weights, engine, seed, stop, num_unrolls=1)
         self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # in updates: 3 % of all steps
 
     def after_update(self, number):
@@ -1125,6 +1131,23 @@ def mean_scalars(pool):
     return scalars
 
 
+def cut_log(folder, step):
+    """Cuts TensorBoard's files off after a checkpoint's step, so that no reader shows what a kill has
+    made undone. Returns the step of the last entry that is left, or the next step, and its events."""
+    last = {}  # event of each tag
+    for path in sorted(folder.glob("*tfevents*")):
+        size = 0
+        for record in RawEventFileLoader(str(path)).Load():  # ends before one that was cut in half
+            event = Event.FromString(record)
+            if event.step > step:
+                os.truncate(path, size)
+                break
+            size += len(record) + 16  # in the file: with its length and two checksums
+            last |= {value.tag: event for value in event.summary.value}
+    newest = max([event.step for event in last.values()], default=step + 1)
+    return newest, [event for event in last.values() if event.step == newest]
+
+
 class Logger:
     """Prints the status line; writes scalars to TensorBoard and, with --track, to Weights & Biases."""
 
@@ -1142,9 +1165,17 @@ class Logger:
                                         id=name, resume="allow", config=to_plain(run.args), allow_val_change=True)
             except Exception as error:  # no network, no account: no reason to stop
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
-        self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)  # drops what lies past the checkpoint
-        if run.step == 0:
-            self.writer.add_text("arguments", "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items()))
+        self.writer = None
+        try:
+            step, entry = cut_log(run.folder, run.step)
+            self.writer = SummaryWriter(run.folder, purge_step=step)  # makes open readers forget
+            for event in entry:  # also TensorBoard's default server, which ignores purge_step
+                self.writer.file_writer.add_event(event, walltime=event.wall_time)
+            if run.step == 0:
+                lines = [f"- {name}: {value}\n" for name, value in vars(run.args).items()]
+                self.writer.add_text("arguments", "".join(lines))
+        except OSError as error:
+            self.fail(error)
         self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates since then
 
     def write(self, run):
@@ -1164,6 +1195,7 @@ class Logger:
         if mean_name in valid:
             scalars["generalization_gap"] = scalars[mean_name] - valid[mean_name]
         try:
+            self.writer = self.writer or SummaryWriter(run.folder)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, run.step)
             self.writer.flush()
@@ -1171,10 +1203,8 @@ class Logger:
                 with open(self.tracked, "a") as file:
                     file.write(f"{run.step}\n")
                 self.track(scalars, run.step)
-        except OSError as error:  # TensorBoard's writer does not go on after an error
-            say(f"the log could not be written, training goes on: {error}")
-            with contextlib.suppress(OSError):
-                self.writer = SummaryWriter(run.folder)
+        except OSError as error:
+            self.fail(error)
         total, kind = run.args.total_steps, (mean_name or "").split("/")[0].replace("_", " ")
         left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
         returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
@@ -1182,6 +1212,10 @@ class Logger:
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
         return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
+
+    def fail(self, error):
+        say(f"the log could not be written, training goes on: {error}")
+        self.writer = None  # it would not go on after an error: the next entry opens another
 
     def track(self, scalars, step):
         try:
@@ -1193,8 +1227,9 @@ class Logger:
     def close(self):
         if terminal["passing"]:
             say("")  # an error has a line of its own
-        with contextlib.suppress(OSError):
-            self.writer.close()
+        if self.writer:
+            with contextlib.suppress(OSError):
+                self.writer.close()
         if self.wandb:
             with contextlib.suppress(Exception):
                 self.wandb.finish()

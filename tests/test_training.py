@@ -442,6 +442,38 @@ def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(trai
     assert best["best"] == pytest.approx(max(valid.values()), abs=1e-5)
     assert best["best"] == pytest.approx(valid[best["step"]], abs=1e-5)
     assert script.load_checkpoint(run / "checkpoint_1200.pt", None)["step"] == 1200  # the first update to reach 1000
+    assert len(read(run)["valid_episodes"]["leaper"]) > 0
+
+
+@pytest.fixture
+def validated(trained):
+    """The folder of a run whose checkpoint knows episodes of its validation."""
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    assert checkpoint["valid_episodes"] == {"bigfish": [], "fruitbot": []}
+    checkpoint["args"]["valid_num_levels"] = 5
+    checkpoint["valid_episodes"] = {"bigfish": [(5.0, 10)] * 3, "fruitbot": [(7.0, 12)]}
+    torch.save(checkpoint, trained / "checkpoint.pt")
+    return trained
+
+
+def test_a_resumed_run_goes_on_with_the_episodes_of_its_validation(validated, command):
+    command(script, "--resume", validated, "--total-steps", 40)
+    episodes = read(validated)["valid_episodes"]
+    assert episodes["bigfish"][:3] == [(5.0, 10)] * 3 and episodes["fruitbot"][0] == (7.0, 12)
+    assert [step for step, _ in log(validated)["valid_return/mean"]] == [40]
+
+
+def test_validation_on_other_levels_begins_without_the_episodes_before(validated, command):
+    command(script, "--resume", validated, "--total-steps", 40, "--valid-start-level", 800)
+    assert (7.0, 12) not in read(validated)["valid_episodes"]["fruitbot"]
+
+
+def test_a_checkpoint_of_a_time_when_validation_s_episodes_were_not_kept_is_resumed(validated, command):
+    checkpoint = torch.load(validated / "checkpoint.pt")
+    del checkpoint["valid_episodes"]
+    torch.save(checkpoint, validated / "checkpoint.pt")
+    command(script, "--resume", validated, "--total-steps", 40)
+    assert read(validated)["step"] == 40
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -467,7 +499,7 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     learner = script.Learner(script.Agent(args), args)
     before = [parameter.clone() for parameter in learner.agent.parameters()]
     engine = script.Engine(valid_args, games, seed=1)
-    validation = script.Validation(args, learner.weights, engine, 1, script.Stop())
+    validation = script.Validation(args, script.Episodes(games), learner.weights, engine, 1, script.Stop())
     validation.start()
     unroll = validation.get()
     validation.close()
