@@ -1109,8 +1109,8 @@ class Logger:
             except Exception as error:  # no network, no account: no reason to stop
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
         self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)  # drops what lies past the checkpoint
-        if run.step == 0:
-            self.writer.add_text("arguments", "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items()))
+        text = "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items())
+        self.writer.add_text("arguments", text, run.step)  # after a resume, the new ones
         self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates since then
 
     def write(self, run):

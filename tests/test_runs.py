@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import impala_procgen_ff
 import impala_procgen_srwm as script
@@ -136,6 +137,15 @@ def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_be
     assert first["srwm_cuda"] == second["srwm_cuda"] == srwm_cuda.SHA256
     child = read(train("--total-steps", 20, "--init-from", run))
     assert [part["step"] for part in child["history"]] == [0] and child["before"] == [[first, second]]
+
+
+def test_tensorboard_shows_the_arguments_of_each_part_of_a_run(train, command):
+    run = train("--total-steps", 40)
+    command(script, "--resume", run, "--total-steps", 80, "--learning-rate", 0.003)
+    texts = EventAccumulator(str(run)).Reload().Tensors("arguments/text_summary")
+    shown = {text.step: text.tensor_proto.string_val[0].decode() for text in texts}
+    assert shown.keys() == {0, 40}
+    assert "- learning_rate: 0.0006\n" in shown[0] and "- learning_rate: 0.003\n" in shown[40]
 
 
 def test_a_checkpoint_of_a_version_that_kept_the_newest_arguments_alone_goes_on(train, command):
