@@ -803,7 +803,8 @@ class Run:
         self.step, self.before = checkpoint.get("step", 0), checkpoint.get("before", [])
         # What trained from which step on: a part for the beginning, and one for each resume.
         part = dict(step=self.step, args=to_plain(replace(given, resume=None)),
-                    sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), srwm_cuda=srwm_cuda.SHA256)
+                    sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), srwm_cuda=srwm_cuda.SHA256,
+                    processes=NUM_PROCESSES)
         self.history = [*checkpoint.get("history", ()), part]
         # A resumed run plays on, not again; each process has its range.
         self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16

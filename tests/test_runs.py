@@ -134,7 +134,7 @@ def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_be
     changed = {name for name, value in first["args"].items() if value != second["args"][name]}
     assert changed == {"total_steps", "learning_rate"} and second["args"] == read(run)["args"]
     assert first["sha256"] == second["sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-    assert first["srwm_cuda"] == second["srwm_cuda"] == srwm_cuda.SHA256
+    assert first["srwm_cuda"] == second["srwm_cuda"] == srwm_cuda.SHA256 and first["processes"] == 1
     child = read(train("--total-steps", 20, "--init-from", run))
     assert [part["step"] for part in child["history"]] == [0] and child["before"] == [[first, second]]
 
