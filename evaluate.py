@@ -211,7 +211,7 @@ def resolve_history(script, checkpoint, args):
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)
     known = {field.name for field in fields(script.Args)}  # those of an older version may be gone
     return [script.resolve_args(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
-            for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
+            for saved in (checkpoint["args"], *(parts[-1]["args"] for parts in checkpoint["before"]))]
 
 
 def flags_of(saved, script):
@@ -231,10 +231,11 @@ def describe(path, script, checkpoint, history):
     (trained, trained_games), *before = history
     first, count = trained.valid_start_level, trained.valid_num_levels
     return dict(run=path.resolve().parent.name if checkpoint["optimizer"] else None, file=path.stem,
-                script=checkpoint["script"], code=checkpoint.get("sha256", "")[:8],
+                script=checkpoint["script"], code=checkpoint["history"][-1]["sha256"][:8],
                 flags=flags_of(checkpoint["args"], script),
-                init_from=[dict(exp_name=Path(saved["exp_name"]).name, games=games, flags=flags_of(saved, script))
-                           for saved, (_, games) in zip(checkpoint.get("before", ()), before)],
+                init_from=[dict(exp_name=Path(parts[-1]["args"]["exp_name"]).name, games=games,
+                                flags=flags_of(parts[-1]["args"], script))
+                           for parts, (_, games) in zip(checkpoint["before"], before)],
                 trained_games=trained_games, seed=trained.seed, step=checkpoint["step"],
                 validation=[first, first + count - 1] if count else None, bf16=trained.bf16)
 

@@ -785,7 +785,7 @@ def parse_args(launch):
         checkpoint = load_checkpoint(given.init_from, None)
         saved = saved_args(checkpoint)
         given = command_line(Args(**{field.name: getattr(saved, field.name) for field in fields(ModelArgs)}))
-        before = [checkpoint["args"], *checkpoint.get("before", ())]  # what the weights have learned from
+        before = [checkpoint["history"], *checkpoint["before"]]  # what the weights have learned from
         checkpoint = dict(model=checkpoint["model"], before=before)
     given.resume = path = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
     if path is not None:
@@ -846,9 +846,14 @@ class Run:
     """What a run carries and saves, and what it leaves in its folder."""
 
     def __init__(self, launch, given, checkpoint):
-        self.launch, self.given, (self.args, games) = launch, given, resolve_args(given)
+        self.launch, (self.args, games) = launch, resolve_args(given)
         make_envs(self.args, games, len(games), self.args.seed)  # fail early if procgen cannot start
-        self.step, self.before = checkpoint.get("step", 0), list(checkpoint.get("before", ()))
+        self.step, self.before = checkpoint.get("step", 0), checkpoint.get("before", [])
+        # What trained from which step on: a part for the beginning, and one for each resume.
+        part = dict(step=self.step, args=to_plain(replace(given, resume=None)),
+                    sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), srwm_cuda=srwm_cuda.SHA256,
+                    processes=NUM_PROCESSES)
+        self.history = [*checkpoint.get("history", ()), part]
         # A resumed run plays on, not again; each process has its range.
         self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16
         self.parts = contextlib.ExitStack()  # to close in the end
@@ -951,8 +956,8 @@ class Run:
     def save(self, name, best=-math.inf):
         """Writes to a temporary file first, so that there is always a whole one. Returns whether it was written."""
         path = self.folder / name
-        checkpoint = dict(script=SCRIPT, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
-                          args=to_plain(self.given), before=self.before, step=self.step, best=best,
+        checkpoint = dict(script=SCRIPT, args=self.history[-1]["args"], history=self.history,
+                          before=self.before, step=self.step, best=best,
                           model=self.agent.state_dict(), optimizer=self.learner.optimizer.state_dict(),
                           episodes=self.episodes.saved(), valid_episodes=self.valid_episodes.saved())
         try:
@@ -1037,6 +1042,10 @@ def load_checkpoint(path, script):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if script not in (None, checkpoint["script"]):
         raise ValueError(f"{path} belongs to {checkpoint['script']}, not to {script}")
+    if "history" not in checkpoint:  # of an older version, which kept only the newest part
+        part = dict(step=0, args=checkpoint["args"], sha256=checkpoint.get("sha256", ""))
+        before = [[dict(step=0, args=args)] for args in checkpoint.get("before", ())]
+        checkpoint |= dict(history=[part], before=before)
     return checkpoint
 
 
@@ -1171,9 +1180,8 @@ class Logger:
             self.writer = SummaryWriter(run.folder, purge_step=step)  # makes open readers forget
             for event in entry:  # also TensorBoard's default server, which ignores purge_step
                 self.writer.file_writer.add_event(event, walltime=event.wall_time)
-            if run.step == 0:
-                lines = [f"- {name}: {value}\n" for name, value in vars(run.args).items()]
-                self.writer.add_text("arguments", "".join(lines))
+            text = "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items())
+            self.writer.add_text("arguments", text, run.step)  # after a resume, the new ones
         except OSError as error:
             self.fail(error)
         self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates since then

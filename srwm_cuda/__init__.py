@@ -10,6 +10,8 @@ equations.
 """
 
 import functools
+import hashlib
+import pathlib
 import warnings
 from typing import NamedTuple
 
@@ -21,6 +23,9 @@ from .cnn import is_impala_cnn
 from .flags import Flags, lock_pages
 
 __all__ = ["Flags", "delta_rule", "impala_cnn", "is_impala_cnn", "lock_pages", "reference", "srwm"]
+
+_SOURCES = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu", ".cuh"))
+SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart
 
 KERNEL_HEAD_SIZES = (8, 16, 32, 64)
 MAX_COLUMNS, LANES = 512, 4  # as in common.cuh: columns of a matrix, and threads that sum over those of one row together
