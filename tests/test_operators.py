@@ -3,6 +3,9 @@
 A graph is recorded from inputs without an episode's end, and then used with some, against the same model without a graph.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import fixed_weights, sr_delta, through_a_cuda_graph
@@ -114,6 +117,18 @@ def test_autocast_changes_nothing():
     expected = results(model, *arguments)
     for each in (model, exported(model, arguments)):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(results(each, *arguments, autocast=True), expected))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_code_on_their_page_trains_q_k_and_beta_and_exports_what_it_trained(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    page, names = (Path(__file__).parent.parent / "docs/srwm_cuda.md").read_text(), {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(code, names)
+    layer, h, state, done = (names[name] for name in ("layer", "h", "state", "done"))
+    assert h.device.type == device and layer.W.grad.abs().amax((0, 1)).min() > 0  # of every column
+    for ours, expected in zip((names["out"], names["new_state"]), layer(h[:1], state, done[:1])):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.gpu
