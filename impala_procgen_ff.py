@@ -18,25 +18,21 @@ H heads of size D. Expect about 275,000 steps a second on one H200 with 16 cores
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import queue
-import re
-import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 import weakref
 import zipfile
 from collections import Counter, deque
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import numpy as np
 import torch
@@ -73,7 +69,7 @@ class EnvironmentArgs:
 
 @dataclass
 class LearningArgs:
-    total_steps: int = 300_000_000  # environment steps to learn from, over which the learning rate falls to zero
+    total_steps: float = 3e8  # environment steps to learn from, over which the learning rate falls to zero
     unroll_length: int = 50  # steps T of an unroll
     batch_size: int = 32  # unrolls B in an update
     learning_rate: float = 6e-4  # of RMSprop, at the start
@@ -577,7 +573,6 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever beco
 STUCK_AFTER = 20  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 locks = {}  # open files by a run's folder: the system unlocks them when this process ends
-terminal = dict(passing=False)  # whether the next line replaces its last one
 
 
 @dataclass
@@ -598,27 +593,24 @@ class RunArgs:
     log_interval: float = 5.0  # seconds between two status lines and entries in TensorBoard
     save_interval: float = 300.0  # seconds between two checkpoints
     save_extra_checkpoint: int | None = None  # keep the checkpoint at this step too
-    profile: bool = False  # write a trace of ten updates to the run's folder, for ui.perfetto.dev or chrome://tracing
 
 
 @dataclass
-class Args(RunArgs, EnvironmentArgs, LearningArgs, ModelArgs):
-    """All arguments; --help shows them in these four groups."""
+class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
+    """All arguments; --help shows them from the last group to the first."""
 
 
 def check_values(args):
-    """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
-    may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
-                   "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
-    largest = dict(total_steps=10**12, save_extra_checkpoint=2**53, discounting=1, alpha=1, momentum=1)
-    for field in fields(args):
-        name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise ValueError(f"--{flag} must be one of {', '.join(get_args(field.type))}, got {value}")
+    """Raises ValueError for a number that is not allowed, also where it comes from a checkpoint."""
+    may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
+    at_most_one = ("discounting", "alpha", "momentum")
+    for name, value in vars(args).items():
         if type(value) in (int, float):
-            least, most = "at least 0" if name in may_be_zero else "positive", largest.get(name, 2**31 - 1)
-            if not (0 < value <= most or value == 0 and name in may_be_zero):
-                raise ValueError(f"--{flag} must be {least} and at most {most}, got {value}")
+            positive = type(value) is int and name not in may_be_zero or name in ("epsilon", "total_steps")
+            most = 1 if name in at_most_one else 1e15 if "step" in name or "checkpoint" in name else 2**31 - 1
+            if not 0 <= value <= most or positive and value == 0:
+                least = "positive" if positive else "at least 0"
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and at most {most:.0f}, got {value}")
 
 
 def check_games(games, args, valid=""):
@@ -687,51 +679,8 @@ def resolve_args(given):
     return args, games
 
 
-FOREIGN = {  # what flags of the reference and of CleanRL are called here
-    **{f"use-{flag}": f"impala_procgen_{name}.py" for flag, name in
-       {"sr": "srwm", "lstm": "lstm", "delta": "delta", "psr": "fake_sr", "smfwp": "sr_delta"}.items()},
-    **{f"test-{flag}": f"evaluate.py --{flag}" for flag in ("num-levels", "start-level", "distribution-mode")},
-    "use-no-carry-sr": "--no-carry-state", "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name",
-    "savedir": "nothing: runs go to runs/", "use-wandb": "--track", "project-name": "--wandb-project-name",
-    "write-profiler-trace": "--profile", "mode": "evaluate.py",
-    **dict.fromkeys(("single-gpu", "pipes-basename", "num-learner-threads", "num-inference-threads", "num-actions",
-                     "disable-validation"), "nothing: not needed"),
-    "env-id": "--env", "total-timesteps": "--total-steps", "num-steps": "--unroll-length", "gamma": "--discounting",
-    "ent-coef": "--entropy-cost", "vf-coef": "--baseline-cost", "max-grad-norm": "--grad-norm-clipping",
-    "torch-deterministic": "--deterministic", "capture-video": "evaluate.py --video",
-    **dict.fromkeys(("anneal-lr", "no-anneal-lr"), "nothing: the learning rate always falls"),
-}
-
-
 def command_line(default):
-    """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
-    words = sys.argv[1:]
-    for i, word in enumerate(words):
-        name = word.split("=")[0].lstrip("-").replace("_", "-")
-        if word.startswith("--") and name in FOREIGN:
-            raise ValueError(f"{word.split('=')[0]} is {FOREIGN[name]} here")
-        if game := re.fullmatch(r"(?:--env=)?(?:procgen:)?procgen-(\w+)-v0", word):
-            raise ValueError(f"--env {game[0].removeprefix('--env=')} is --env {game[1]} here")
-        number = re.fullmatch(r"(--total[-_]steps=)?([\d.]+[eE]\d+)", word)
-        if number and (number[1] or i and words[i - 1].replace("_", "-") == "--total-steps"):
-            words[i] = f"{number[1] or ''}{float(number[2]):.0f}"
-    groups = dict(run=RunArgs, environment=EnvironmentArgs, learning=LearningArgs, model=ModelArgs)
-    defaults = [group(**{field.name: getattr(default, field.name) for field in fields(group)})
-                for group in groups.values()]
-    grouped = make_dataclass("Grouped", groups.items())
-    if {"-h", "--help"} & set(words):
-        for part in __doc__.rstrip().split("\n\n"):  # what is indented stays as it is
-            print(part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns), end="\n\n")
-    with contextlib.redirect_stderr(io.StringIO()) as box:
-        try:
-            parsed = tyro.cli(grouped, default=grouped(*defaults), args=words, config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit as end:
-            if end.code:
-                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # no title, no last rule
-                text = " ".join(" ".join(line for line in lines if line.strip("─-")).split())
-                raise ValueError(text.replace(" .", ".")) from None
-            raise
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    return tyro.cli(Args, default=default, description=__doc__)
 
 
 def parse_args(launch):
@@ -827,7 +776,7 @@ class Run:
         same = all(checkpoint.get("args", {}).get(name) == getattr(given, name) for name in valid)
         self.valid_episodes = Episodes(games, checkpoint.get("valid_episodes") if same else None)
         self.updates = self.skipped = self.skipped_in_a_row = 0  # the last two: of updates that are not finite
-        self.validation = self.profiler = None
+        self.validation = None
         self.folder = make_folder(self.args)
         if RANK == 0:
             parameters = sum(parameter.numel() for parameter in self.agent.parameters())
@@ -846,10 +795,6 @@ class Run:
                                         self.seed + self.args.num_actors, stop)
                 self.validation = self.parts.enter_context(contextlib.closing(validation))
                 self.validation.start()
-            if self.args.profile:
-                self.profiler = self.parts.enter_context(torch.profiler.profile(
-                    schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
-                    on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder), use_gzip=True)))
             self.best, self.lost_best = -math.inf, False  # of the validation; whether best.pt could not be written
             with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
                 self.best = load_checkpoint(self.folder / "best.pt", SCRIPT)["best"]
@@ -874,8 +819,6 @@ class Run:
         self.updates += 1
         if RANK > 0:
             return
-        if self.profiler:
-            self.profiler.step()
         if finite:
             self.logger.sums.update(statistics | dict(updates=1))
         if self.validation:
@@ -1121,13 +1064,9 @@ class Logger:
 
     def __init__(self, run):
         self.wandb = None
-        self.tracked = run.folder / "wandb_steps.txt"  # steps of its entries, which cannot be taken back
-        steps = self.tracked.read_text().split() if self.tracked.is_file() else []  # of a full disk, without an entry
-        self.tracked_step = int(steps[-1]) if steps else -1
         if run.args.track:
             import wandb
             name = run.folder.resolve().name
-            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds that SIGKILL may cost
             try:
                 self.wandb = wandb.init(project=run.args.wandb_project_name, entity=run.args.wandb_entity, name=name,
                                         id=name, resume="allow", config=to_plain(run.args), allow_val_change=True)
@@ -1166,18 +1105,16 @@ class Logger:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, run.step)
             self.writer.flush()
-            if self.wandb and run.step > self.tracked_step:
-                with open(self.tracked, "a") as file:
-                    file.write(f"{run.step}\n")
-                self.track(scalars, run.step)
         except OSError as error:
             self.fail(error)
+        if self.wandb:
+            self.track(scalars, run.step)
         total, kind = run.args.total_steps, (mean_name or "").split("/")[0].replace("_", " ")
         left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
         returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
         returns += f", validation {valid[valid_name]:.3f}" if valid_name else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
-        say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
+        say(f"step {run.step:,} of {total:,.0f} | {sps:,.0f} steps/s | {left} left | {returns}")
         return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
 
     def fail(self, error):
@@ -1192,8 +1129,6 @@ class Logger:
             self.wandb = None
 
     def close(self):
-        if terminal["passing"]:
-            say("")  # an error has a line of its own
         if self.writer:
             with contextlib.suppress(OSError):
                 self.writer.close()
@@ -1202,14 +1137,10 @@ class Logger:
                 self.wandb.finish()
 
 
-def say(text, file=None, passing=False):
-    """Prints a line; on a terminal, the next one replaces it if it is passing. A line that cannot be printed (a broken
-    pipe, a full disk, a print that a signal interrupted) is dropped."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        passing, width = passing and sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
-        line = "\r" + text[:width].ljust(width) if passing else "\n" * terminal["passing"] + text
-        print(line, end="" if passing else "\n", file=file, flush=True)
-        terminal["passing"] = passing
+def say(text, file=None):
+    """Prints a line; if it cannot be printed (a broken pipe, a full disk), training goes on."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # the second: a signal interrupted a print
+        print(text, file=file, flush=True)
 
 
 def num_cores():
@@ -1399,10 +1330,6 @@ def end_threads(pool):
 
 
 def main():
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed ones lead nowhere
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="replace")  # what the terminal's character set lacks becomes a question mark
     stop = Stop()
     before = answer_signals([stop.hear, stop.hear])
     processes.keep_freed_memory()
@@ -1412,7 +1339,7 @@ def main():
             launch = Launch()
             given, checkpoint = parse_args(launch)
             if given.resume is not None and (step := checkpoint["step"]) >= given.total_steps:
-                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,}: nothing to do")
+                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,.0f}: nothing to do")
             run = Run(launch, given, checkpoint)
         except BrokenPipeError:  # of --help | head
             os._exit(0)
