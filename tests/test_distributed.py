@@ -30,7 +30,7 @@ def checkpoint(folder):
     return script.load_checkpoint(run / "checkpoint.pt", None)
 
 
-def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
+def test_two_processes_learn_as_one_with_the_joint_batch(command, tmp_path):
     """Their weights are the first's and stay equal, bit for bit, and their first update is that of the mean gradient. One run
     folder, one log, and steps are counted over both; another number of processes can go on. An update that is not finite in one
     process is left out in both."""
@@ -66,10 +66,9 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
     assert checkpoint(tmp_path)["step"] == 10 * STEPS and out.count("saved runs/") == 1
     assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 9  # and one was left out
     (run,) = (tmp_path / "runs").iterdir()
-    alone = [sys.executable, ROOT / "impala_procgen_srwm.py", "--resume", run, "--total-steps", str(10 * STEPS + 20)]
     saved = torch.load(run / "checkpoint.pt") | {"script": "impala_procgen_srwm.py"}
     torch.save(saved, run / "checkpoint.pt")
-    subprocess.run(alone, cwd=tmp_path, check=True, timeout=60)
+    command(script, "--resume", run, "--total-steps", 10 * STEPS + 20)
     assert checkpoint(tmp_path)["step"] == 10 * STEPS + 20
 
 

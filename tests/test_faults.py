@@ -110,12 +110,11 @@ time.sleep(60)
     assert process.wait(timeout=10) == -signal.SIGINT
 
 
-def test_a_full_disk_at_checkpoint_time_does_not_end_training(train, command, capsys):
-    run = train("--total-steps", 20)
-    (run / "checkpoint.tmp").symlink_to("/dev/full")  # to which nothing can be written
-    command(script, "--resume", run, "--total-steps", 60, "--save-interval", 0)
+def test_a_full_disk_at_checkpoint_time_does_not_end_training(trained, command, capsys):
+    (trained / "checkpoint.tmp").symlink_to("/dev/full")  # to which nothing can be written
+    command(script, "--resume", trained, "--total-steps", 60, "--save-interval", 0)
     assert "checkpoint.pt could not be written: [Errno 28] No space left on device" in capsys.readouterr().err
-    assert read(run / "checkpoint.pt")["step"] == 60
+    assert read(trained / "checkpoint.pt")["step"] == 60
 
 
 def test_a_full_disk_under_the_log_does_not_end_training(tmp_path):
@@ -164,13 +163,12 @@ def test_the_last_checkpoint_is_written_before_anything_that_may_take_long_or_fa
     assert read(run / "checkpoint.pt")["step"] == 100
 
 
-def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(train, command, capsys):
-    run = train("--total-steps", 20)
-    (run / "checkpoint.tmp").symlink_to("/dev/full")
+def test_a_full_disk_at_the_end_keeps_the_old_checkpoint_and_says_so(trained, command, capsys):
+    (trained / "checkpoint.tmp").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end:
-        command(script, "--resume", run, "--total-steps", 40)
+        command(script, "--resume", trained, "--total-steps", 40)
     assert end.value.code == 1 and "No space left on device" in capsys.readouterr().err
-    assert read(run / "checkpoint.pt")["step"] == 20
+    assert read(trained / "checkpoint.pt")["step"] == 20
 
 
 def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matrix_for_one_that_diverged(train, monkeypatch,
@@ -200,11 +198,10 @@ def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matri
     assert all(parameter.isfinite().all() for parameter in read(run / "checkpoint.pt")["model"].values())
 
 
-def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(train, command):
-    run = train("--total-steps", 20)
+def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(trained, command):
     with pytest.raises(SystemExit, match="the last checkpoint is kept: 50 updates in a row, .*, are not finite: .*loss/policy"):
-        command(script, "--resume", run, "--total-steps", 2000, "--learning-rate", 1e9, "--save-interval", 0)
-    checkpoint = read(run / "checkpoint.pt")
+        command(script, "--resume", trained, "--total-steps", 2000, "--learning-rate", 1e9, "--save-interval", 0)
+    checkpoint = read(trained / "checkpoint.pt")
     assert all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
 
 
@@ -423,9 +420,8 @@ def test_a_run_whose_list_of_tracked_steps_is_empty_goes_on(train, command):
     assert read(run / "checkpoint.pt")["step"] == 40
 
 
-def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(train, tmp_path):
-    run = train("--total-steps", 20)
-    whole, exact = bytearray((run / "checkpoint.pt").read_bytes()), read(run / "checkpoint.pt")
+def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(trained, tmp_path):
+    whole, exact = bytearray((trained / "checkpoint.pt").read_bytes()), read(trained / "checkpoint.pt")
     rng, refused = random.Random(0), 0
     for flip in range(60):
         position, bit = rng.randrange(len(whole) if flip % 2 else 2000), 1 << rng.randrange(8)
