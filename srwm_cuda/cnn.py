@@ -1,30 +1,42 @@
 """How the kernels of impala_cnn.cu are launched, for `srwm_cuda.impala_cnn`."""
 
+import ast
 import functools
+import hashlib
+import inspect
 import math
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import kernels, reference
+from . import kernels
 
 LAYERS = [(3, 16), *[(16, 16)] * 4, (16, 32), *[(32, 32)] * 9]  # channels of each convolution's input and output
 SHAPES = [shape for inputs, outputs in LAYERS for shape in ((outputs, inputs, 3, 3), (outputs,))]
 FRAGMENTS = 2 * sum(9 * 32 * inputs * outputs // 256 if inputs > 3 else 96 for inputs, outputs in LAYERS)  # as pack() writes
 SECTIONS = [(32, 16), (16, 32), (8, 32)]  # width and channels of each section's output
+KNOWN_TEXT = "31264279caa1cf5d583a1898ae6beb0cde5152b192c9a3c414a8b0e5fb420dda"  # of Encoder and Residual
 MANY = 512  # frames from which on blocks take several at a time, where images are small
 
 
-def is_impala_cnn(function, parameters):
-    """Whether a function of frames (N, 64, 64, 3) uint8 is `impala_cnn` with these parameters, tried on two images."""
-    parameters = [parameter.detach() for parameter in parameters]
-    if [tuple(parameter.shape) for parameter in parameters] != SHAPES:
+def is_impala_cnn(cnn, *classes):
+    """Whether the kernels compute what these classes, `Encoder` and `Residual` of the scripts, do with the module that they
+    made: only if their text is the known one, the parameters have its shapes, and no hook has to be called."""
+    return (is_known_text(*classes) and [tuple(parameter.shape) for parameter in cnn.parameters()] == SHAPES
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in cnn.modules()))
+
+
+@functools.cache
+def is_known_text(*classes):
+    """Whether the source of these classes, but for comments, layout and what they say of themselves, is the known one."""
+    try:
+        tree = ast.parse("\n".join(inspect.getsource(each) for each in classes))
+    except (OSError, TypeError):  # no source, as in an interactive session
         return False
-    frames = (torch.arange(2 * 64 * 64 * 3) % 251).to(torch.uint8).view(2, 64, 64, 3)
-    expected = reference.impala_cnn(frames, *parameters)
-    with torch.no_grad():
-        features = function(frames)
-    return features.shape == expected.shape and torch.allclose(features, expected, rtol=1e-3, atol=1e-3)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            del node.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest() == KNOWN_TEXT
 
 
 @functools.cache

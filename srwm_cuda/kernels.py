@@ -13,17 +13,66 @@ import glob
 import hashlib
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import threading
 import types
 import warnings
+from typing import NamedTuple
 
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
 HEADER = "common.cuh"  # the only file that the .cu files may include
 _loading = threading.RLock()  # actor threads may be the first users
+
+
+def constant(source, name):
+    """A number that a .cu file or the header defines, and explains."""
+    return int(re.search(rf"\b{name} = (\d+)", (FOLDER / source).read_text())[1])
+
+
+KERNEL_HEAD_SIZES = (8, 16, 32, 64)
+MAX_COLUMNS, LANES = constant(HEADER, "MAX_COLUMNS"), constant(HEADER, "LANES")
+
+
+def round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched for given sizes. Called with the number of blocks, one for each environment and head, and with
+    the kernel's arguments."""
+
+    source: str
+    kernel: str
+    threads: int
+    shared_bytes: int = 0
+
+    def __call__(self, blocks, *arguments):
+        launch(self.source, self.kernel, (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, *arguments)
+
+
+def take(launches, first, columns, training):
+    """Whether the forward and, in training, the backward kernel that `launches` gives for a head size, the last of the tensor
+    `first`, and for a number of columns can run on it. A warning says what is missing: shared memory, or a compiler."""
+    if not first.is_cuda or first.dtype != torch.float32:
+        return False
+    most = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
+    for each in launches(first.shape[-1], columns)[: 1 + training]:
+        if each.shared_bytes > most:
+            _warn_once(f"srwm_cuda: {each.kernel} needs {each.shared_bytes // 1024} KiB of shared memory, which this GPU "
+                       "lacks: PyTorch's version runs, many times slower")
+            return False
+        if not can_compile(each.source, each.kernel, architecture_of(first.device)):
+            return False
+    return True
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, stacklevel=4)
 
 
 def launch(source, kernel, grid, block, shared_bytes, *arguments):

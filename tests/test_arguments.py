@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import impala_procgen_srwm as script
+from srwm_cuda import engine, processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,13 +120,13 @@ V1 = "12:cpuset:/\n4:cpu,cpuacct:/a/b\n0::/\n"
     (None, {}, 64),  # no Linux
 ])
 def test_the_cores_of_a_container_are_those_that_it_may_use(group, files, expected, monkeypatch, tmp_path):
-    monkeypatch.setattr(script.os, "sched_getaffinity", lambda process: range(64), raising=False)
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda process: range(64), raising=False)
     if group:
         files = {f"sys/fs/cgroup/{path}": text for path, text in files.items()} | {"proc/self/cgroup": group}
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert script.num_cores(root=tmp_path) == expected
+    assert processes.num_cores(root=tmp_path) == expected
 
 
 def test_the_engine_plays_every_game_of_every_mode_and_no_other():
@@ -159,5 +160,5 @@ def test_a_missing_system_library_is_named_with_its_debian_package(command, refu
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: no such file or directory")
 
-    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(engine._Engine, "__init__", no_engine)
     refused(lambda: command(script, "--no-cuda"), "libGL.so.1", "apt install libgl1 libglib2.0-0")

@@ -22,6 +22,7 @@ import evaluate
 import impala_procgen_lstm
 import impala_procgen_srwm as script
 from reporting import tables
+from srwm_cuda import engine
 
 
 def results(run, name):
@@ -677,7 +678,7 @@ def test_a_missing_system_library_is_named_with_its_debian_package(trained, scor
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(engine._Engine, "__init__", no_engine)
     monkeypatch.setattr(evaluate, "import_script", lambda name: script)
     capsys.readouterr()
     refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

@@ -15,7 +15,7 @@ from helpers import through_a_cuda_graph
 from test_srwm import inputs
 
 import srwm_cuda
-from srwm_cuda import kernels
+from srwm_cuda import delta_rule_op, kernels, srwm_op
 
 KERNEL = "delta_rule.cu", "delta_rule_forward_kernel<8>", 90  # quickly compiled
 
@@ -58,7 +58,7 @@ def started(*arguments):
 
 def launches(D, widths):
     return sorted({(launch.source, launch.kernel) for width in widths for function in (
-        srwm_cuda._srwm_launches, srwm_cuda._delta_rule_launches) for launch in function(D, width)})
+        srwm_op.launches, delta_rule_op.launches) for launch in function(D, width)})
 
 
 @pytest.mark.parametrize("D, architecture, widths", [
@@ -74,7 +74,7 @@ def test_every_kernel_compiles(nvrtc, D, architecture, widths):
 def test_every_size_has_a_launch_within_the_limits_of_its_kernel():
     for D in srwm_cuda.KERNEL_HEAD_SIZES:
         for columns in range(1, srwm_cuda.MAX_COLUMNS + 1):
-            for launch in (*srwm_cuda._srwm_launches(D, columns), *srwm_cuda._delta_rule_launches(D, columns)):
+            for launch in (*srwm_op.launches(D, columns), *delta_rule_op.launches(D, columns)):
                 most = int(launch.kernel.rstrip(">").split()[-1]) if "Variant" in launch.kernel else 1024
                 assert launch.threads % 32 == 0 and 0 < launch.threads <= most
 
@@ -173,7 +173,7 @@ def test_a_kernel_that_does_not_compile_leaves_the_work_to_pytorch(sources):
 def test_the_kernels_need_no_toolkit_and_no_compiler(tmp_path):
     program = ("import torch, srwm_cuda; x = torch.rand(3, 2, 4, 16, device='cuda', requires_grad=True); "
                "W = torch.rand(4, 16, 52, device='cuda'); y, _ = srwm_cuda.srwm(x, W, W.new_zeros(2, *W.shape), "
-               "torch.zeros(3, 2, dtype=torch.bool, device='cuda')); y.sum().backward(); assert '_SRWM' in str(y.grad_fn)")
+               "torch.zeros(3, 2, dtype=torch.bool, device='cuda')); y.sum().backward(); assert 'srwm_cuda' in str(y.grad_fn)")
     environment = os.environ | {"PATH": "", "CUDA_HOME": "/nowhere", "XDG_CACHE_HOME": str(tmp_path)}
     end = subprocess.run([sys.executable, "-W", "error:srwm_cuda", "-c", program], env=environment, capture_output=True,
                          text=True, cwd=kernels.FOLDER.parent)

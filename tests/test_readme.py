@@ -262,7 +262,7 @@ def test_the_readme_names_every_document():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_code_block_says_what_it_is(document):
-    assert all(language in ("bash", "text", "diff", "bibtex") for language, _ in blocks(document))
+    assert all(language in ("bash", "text", "diff", "bibtex", "python") for language, _ in blocks(document))
     assert not any(is_command(line) for language, text in blocks(document) if language == "text" for line in text.splitlines())
 
 

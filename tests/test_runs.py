@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import math
 import os
 import pty
@@ -18,9 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import impala_procgen_ff
 import impala_procgen_srwm as script
+import srwm_cuda
 
 SCRIPT = Path(script.__file__)
 TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
@@ -116,6 +119,41 @@ def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
     step = read(run)["step"]
     third = start("--resume", run, "--total-steps", step + 10)  # a killed process keeps nobody off
     assert third.wait(timeout=60) == 0 and read(run)["step"] == step + 10
+
+
+def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_began_with(train, command):
+    """Arguments, script and srwm_cuda, from which step on."""
+    run = train("--total-steps", 40)
+    command(script, "--resume", run, "--total-steps", 80, "--learning-rate", 0.003)
+    first, second = read(run)["history"]
+    assert (first["step"], second["step"]) == (0, 40)
+    changed = {name for name, value in first["args"].items() if value != second["args"][name]}
+    assert changed == {"total_steps", "learning_rate"} and second["args"] == read(run)["args"]
+    assert first["sha256"] == second["sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+    assert first["srwm_cuda"] == second["srwm_cuda"] == srwm_cuda.SHA256 and first["processes"] == 1
+    child = read(train("--total-steps", 20, "--init-from", run))
+    assert [part["step"] for part in child["history"]] == [0] and child["before"] == [[first, second]]
+
+
+def test_tensorboard_shows_the_arguments_of_each_part_of_a_run(train, command):
+    run = train("--total-steps", 40)
+    command(script, "--resume", run, "--total-steps", 80, "--learning-rate", 0.003)
+    texts = EventAccumulator(str(run)).Reload().Tensors("arguments/text_summary")
+    shown = {text.step: text.tensor_proto.string_val[0].decode() for text in texts}
+    assert shown.keys() == {0, 40}
+    assert "- learning_rate: 0.0006\n" in shown[0] and "- learning_rate: 0.003\n" in shown[40]
+
+
+def test_a_checkpoint_of_a_version_that_kept_the_newest_arguments_alone_goes_on(train, command):
+    run = train("--total-steps", 40)
+    checkpoint = torch.load(run / "checkpoint.pt")
+    (part,) = checkpoint.pop("history")
+    older = dict(checkpoint["args"], learning_rate=0.003)
+    torch.save(checkpoint | dict(sha256=part["sha256"], before=[older]), run / "checkpoint.pt")
+    command(script, "--resume", run, "--total-steps", 80)
+    first, second = read(run)["history"]
+    assert first == dict(step=0, args=part["args"], sha256=part["sha256"]) and second["step"] == 40
+    assert read(run)["before"] == [[dict(step=0, args=older)]]
 
 
 # Fine-tuning

@@ -94,20 +94,6 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
     assert (run / "evaluation_fruitbot_easy_0_2.json").exists()
 
 
-@pytest.fixture
-def own_copy(monkeypatch, tmp_path):
-    """Writes my_ablation.py, the SRWM script with one thing changed, beside which evaluate.py is looked for. Imports it."""
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-
-    def write(old, new):
-        text = Path(impala_procgen_srwm.__file__).read_text()
-        assert text.count(old) == 1
-        (tmp_path / "my_ablation.py").write_text(text.replace(old, new))
-        return evaluate.import_script("my_ablation.py")
-
-    return write
-
-
 def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
     options = dict(use_backgrounds=False, restrict_themes=True)
     script = own_copy("rand_seed=seed % 2**31,", "rand_seed=seed % 2**31, use_backgrounds=False, restrict_themes=True,")

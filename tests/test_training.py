@@ -36,17 +36,17 @@ def log(run):
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def parts(args, games=("maze", "leaper")):
+def parts(args, games=("maze", "leaper"), script=script):
     """An actor and a learner of the same weights, an empty unroll, and the episodes that the actor records."""
     torch.manual_seed(0)
     agent = script.Agent(args).to("cuda" if args.cuda else "cpu")
     episodes = script.Episodes(games)
     learner = script.Learner(agent, args)
-    (actor,) = pool_of(learner, args, episodes).actors
+    (actor,) = pool_of(learner, args, episodes, script).actors
     return actor, learner, script.Unroll(agent, args.unroll_length, args.num_envs), episodes
 
 
-def pool_of(learner, args, episodes):
+def pool_of(learner, args, episodes, script=script):
     engine = script.Engine(args, list(episodes.recent), seed=1)
     return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
@@ -180,7 +180,7 @@ def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes
     monkeypatch.setattr(script.ActorPool, "close", lambda pool: seen.append(pool) or close(pool))
     words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --unroll-length 2 --log-interval 60"
     run = train("--total-steps", 544, "--save-extra-checkpoint", 536, *words.split())
-    pool, validation = seen
+    validation, pool = seen
     saved = script.load_checkpoint(run / "checkpoint_536.pt", None)["model"]
     assert all(torch.equal(weight, saved[name]) for name, weight in validation.actors[0].agent.state_dict().items())
     assert not all(torch.equal(weight, saved[name]) for name, weight in pool.actors[0].agent.state_dict().items())
@@ -451,6 +451,38 @@ def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(trai
     assert best["best"] == pytest.approx(max(valid.values()), abs=1e-5)
     assert best["best"] == pytest.approx(valid[best["step"]], abs=1e-5)
     assert script.load_checkpoint(run / "checkpoint_800.pt", None)["step"] == 800  # the first update to reach 500
+    assert len(read(run)["valid_episodes"]["fruitbot"]) > 0
+
+
+@pytest.fixture
+def validated(trained):
+    """The folder of a run whose checkpoint knows episodes of its validation."""
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    assert checkpoint["valid_episodes"] == {"bigfish": [], "fruitbot": []}
+    checkpoint["args"]["valid_num_levels"] = 5
+    checkpoint["valid_episodes"] = {"bigfish": [(5.0, 10)] * 3, "fruitbot": [(7.0, 12)]}
+    torch.save(checkpoint, trained / "checkpoint.pt")
+    return trained
+
+
+def test_a_resumed_run_goes_on_with_the_episodes_of_its_validation(validated, command):
+    command(script, "--resume", validated, "--total-steps", 40)
+    episodes = read(validated)["valid_episodes"]
+    assert episodes["bigfish"][:3] == [(5.0, 10)] * 3 and episodes["fruitbot"][0] == (7.0, 12)
+    assert [step for step, _ in log(validated)["valid_return/mean"]] == [40]
+
+
+def test_validation_on_other_levels_begins_without_the_episodes_before(validated, command):
+    command(script, "--resume", validated, "--total-steps", 40, "--valid-start-level", 800)
+    assert (7.0, 12) not in read(validated)["valid_episodes"]["fruitbot"]
+
+
+def test_a_checkpoint_of_a_time_when_validation_s_episodes_were_not_kept_is_resumed(validated, command):
+    checkpoint = torch.load(validated / "checkpoint.pt")
+    del checkpoint["valid_episodes"]
+    torch.save(checkpoint, validated / "checkpoint.pt")
+    command(script, "--resume", validated, "--total-steps", 40)
+    assert read(validated)["step"] == 40
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -476,7 +508,7 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     learner = script.Learner(script.Agent(args), args)
     before = [parameter.clone() for parameter in learner.agent.parameters()]
     engine = script.Engine(valid_args, games, seed=1)
-    validation = script.Validation(args, learner.weights, engine, 1, script.Stop())
+    validation = script.Validation(args, script.Episodes(games), learner.weights, engine, 1, script.Stop())
     validation.start()
     unroll = validation.get()
     validation.close()
