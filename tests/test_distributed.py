@@ -30,6 +30,7 @@ def checkpoint(folder):
     return script.load_checkpoint(run / "checkpoint.pt", None)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one_with_the_joint_batch(command, tmp_path):
     """Their weights are the first's and stay equal, bit for bit, and their first update is that of the mean gradient. One run
     folder, one log, and steps are counted over both; another number of processes can go on. An update that is not finite in one
@@ -72,6 +73,7 @@ def test_two_processes_learn_as_one_with_the_joint_batch(command, tmp_path):
     assert checkpoint(tmp_path)["step"] == 10 * STEPS + 20
 
 
+@pytest.mark.slow
 def test_parameters_that_no_process_or_only_one_uses_train_with_the_rest(tmp_path):
     """As in an ablation: the copy of the script takes the place of the original."""
     (tmp_path / "impala_procgen_srwm.py").write_text((ROOT / "impala_procgen_srwm.py").read_text().replace("""
@@ -111,6 +113,7 @@ def wait_for_steps(process, updates=3):
             return
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
     process = torchrun(tmp_path, "impala_procgen_srwm.py")
@@ -122,6 +125,7 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
     assert time.time() - begin < 60 and not Path(f"/proc/{processes[0]}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_two_machines_recover_from_the_death_of_a_worker(command, tmp_path):
     """Here two agents of torchrun on one, which count restarts each for itself. Before the first checkpoint they begin another
@@ -174,6 +178,7 @@ launch.join(script.Args(cuda=False), step=int(sys.argv[1]))
         assert process.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):
     process = torchrun(tmp_path, "impala_procgen_srwm.py")
     wait_for_steps(process)

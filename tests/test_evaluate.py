@@ -138,10 +138,8 @@ torch.manual_seed(1)  # of which the episodes are short
 SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 
 
-AGENTS = {"clock": Clock(), "diverging": Diverging(), "witness": Witness(), "srwm": SRWM}
-
-
-@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
+@pytest.mark.parametrize("agent", [Clock(), Diverging(), Witness(), pytest.param(SRWM, marks=pytest.mark.slow)],
+                         ids=["clock", "diverging", "witness", "srwm"])
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level. Every unroll_length steps a state is reset that has diverged, or is not to be
@@ -167,7 +165,8 @@ def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     assert carried.tolist() != reset.tolist()
 
 
-@pytest.mark.parametrize("greedy, bf16", [(True, True), (False, False)], ids=["greedy, bfloat16", "sampled, float32"])
+@pytest.mark.parametrize("greedy, bf16", [pytest.param(True, True, marks=pytest.mark.slow), (False, False)],
+                         ids=["greedy, bfloat16", "sampled, float32"])
 def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     """Even where rounding or chance decides: batches are of one size, and random numbers belong to game and level."""
     args = script.Args(cuda=False, bf16=bf16)
@@ -178,6 +177,7 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     assert together[1:3].tolist() == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [True, False])
 def test_turns_and_the_engine_s_threads_change_nothing(greedy, few_slots, monkeypatch):
     """On a GPU a thread plays several policies by turns, and the engine's threads step their environments."""
@@ -218,6 +218,7 @@ def test_with_channels_first_convolutions_compute_the_same():
     assert len(seen) == 3 * 15 and all(x.is_contiguous() for x in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_where_every_state_counts_as_diverged_none_is_carried(device, few_slots, monkeypatch):
     monkeypatch.setitem(evaluate.SLOTS, "cuda", 32)
@@ -282,6 +283,7 @@ def test_levels_that_were_trained_on_are_no_test():
     assert columns("0", games=["maze", "miner"]) == [(0, 200, "mixed")]
 
 
+@pytest.mark.slow
 def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, capsys):
     runs = [train("--total-steps", 20, "--exp-name", name, *words) for name, *words in (
         ("a", "--seed", 1), ("b", "--seed", 2), ("c", "--seed", 1, "--no-carry-state"))]
@@ -305,6 +307,7 @@ def test_levels_that_were_seen_before_fine_tuning_are_no_test():
     assert evaluate.choose_splits(args, "easy", ["maze", "heist"], script, history)[-1] == (2000, 100, "mixed")
 
 
+@pytest.mark.slow
 def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path):
     parents = [train("--total-steps", 20, "--exp-name", "parent", "--seed", seed) for seed in (1, 2)]
     runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 500)
@@ -318,6 +321,7 @@ def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path
         (f"srwm {before}", "2", "train"), ("srwm", "1", "test")}
 
 
+@pytest.mark.slow
 def test_runs_fine_tuned_from_runs_that_learned_otherwise_are_no_seeds_of_one_model(train, score, capsys):
     parents = [train("--total-steps", 20), train("--total-steps", 20, "--seed", 2, "--start-level", 500)]
     runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 900)
@@ -329,6 +333,7 @@ def test_runs_fine_tuned_from_runs_that_learned_otherwise_are_no_seeds_of_one_mo
         (False, "1", "train"), (True, "1", "test")}
 
 
+@pytest.mark.slow
 def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
     runs = [train("--total-steps", 20, "--exp-name", name, "--seed", seed) for name, seed in (("a", 1), ("b", 2))]
     capsys.readouterr()

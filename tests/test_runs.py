@@ -100,6 +100,7 @@ def test_auto_leaves_a_run_to_the_process_that_trains_it(trained, train):
     assert read(trained)["step"] == 10
 
 
+@pytest.mark.slow
 def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
     def start(*words):
         return subprocess.Popen([sys.executable, SCRIPT, *TINY, *map(str, words)], cwd=tmp_path, text=True,

@@ -47,7 +47,8 @@ def test_each_script_tells_its_story_in_at_most_600_lines_none_of_them_long(stem
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
 
 
-@pytest.mark.parametrize("stem", SCRIPTS)
+@pytest.mark.parametrize("stem", [pytest.param(stem, marks=[] if stem.endswith("_srwm") else pytest.mark.slow)
+                                  for stem in SCRIPTS])
 def test_each_script_trains_resumes_and_is_scored(stem, train, score, command, tmp_path):
     script = importlib.import_module(stem)
     run = train("--total-steps", 60, script=script)
@@ -58,6 +59,7 @@ def test_each_script_trains_resumes_and_is_scored(stem, train, score, command, t
     assert (run / "evaluation_fruitbot_easy_0_1.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", SCRIPTS)
 def test_each_script_trains_in_the_memory_distribution(stem, train):
     words = "--distribution-mode memory --multi-env 4 --num-levels 500 --total-steps 40".split()
@@ -111,6 +113,7 @@ def test_a_copy_that_changes_its_normalization_is_scored_by_it(own_copy, train, 
     assert found["normalized"] == found["mean_return"] / 10
 
 
+@pytest.mark.slow
 def test_one_script_and_evaluate_are_enough(train, tmp_path):
     run = train("--total-steps", 20, script=importlib.import_module("impala_procgen_lstm"))
     for name in ("impala_procgen_lstm.py", "evaluate.py"):

@@ -653,6 +653,7 @@ def test_frames_of_another_type_or_shape_end_the_run(change, expected, train, mo
     assert expected in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_leaves(tmp_path):
     words = "--no-cuda --env maze --num-actors 2 --num-envs 8 --batch-size 8 --log-interval 0.1".split()
 
@@ -675,6 +676,7 @@ def test_a_signal_saves_and_leaves(tmp_path):
         list(pool.map(stop, [signal.SIGINT, signal.SIGTERM]))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_path):
     words = "--no-cuda --env maze --num-actors 1 --num-envs 1 --batch-size 1 --unroll-length 20000".split()
     process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words], cwd=tmp_path, text=True,
