@@ -118,8 +118,9 @@ class Encoder(nn.Module):
 
     def fused(self):
         """Whether the kernels compute the CNN: where they can run, and only as this text says and makes it."""
-        same = str(self.cnn) == self.built
-        return self.kernels and same and srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
+        if not self.kernels or str(self.cnn) != self.built:
+            return False
+        return srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast

@@ -6,7 +6,8 @@
 
 CUDA tensors of float32 take the kernels. `srwm_cuda.kernels` compiles them at first use, in seconds, with the compiler that
 comes with PyTorch; if that fails, a warning says why. All other tensors take `srwm_cuda.reference`, which reads like the
-equations.
+equations. To what records a graph, such as torch.compile and torch.export, each function is an operator, torch.ops.srwm_cuda,
+with the kernels behind it; docs/srwm_cuda.md shows it in a model.
 """
 
 import hashlib
@@ -139,7 +140,7 @@ def impala_cnn(frames, *parameters):
         if parameter.device != frames.device:
             raise ValueError(f"parameters[{i}] must be on {frames.device} like frames, got {parameter.device}")
     if frames.is_cuda and parameters[0].dtype == torch.float32 and cnn.kernels_run_on(frames.device):
-        return cnn.ImpalaCNN.apply(frames, torch.is_grad_enabled(), *parameters)
+        return torch.ops.srwm_cuda.impala_cnn(frames, parameters, _is_training(*parameters))[0]
     return reference.impala_cnn(frames, *parameters)
 
 
@@ -175,8 +176,9 @@ def _check_done_and_bptt_length(done, bptt_length, shape, first_name, first):
 
 
 def _check_kernel_sizes(first_name, first, wide_name, columns):
-    if first.is_cuda and first.shape[-1] not in KERNEL_HEAD_SIZES:
-        raise ValueError(f"{first_name}: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {first.shape[-1]}")
+    D = first.shape[-1]
+    if first.is_cuda and D not in KERNEL_HEAD_SIZES:
+        raise ValueError(f"{first_name}: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {D}")
     if first.is_cuda and columns > MAX_COLUMNS:
         raise ValueError(f"{wide_name}: on CUDA, at most {MAX_COLUMNS} columns, got {columns}")
 

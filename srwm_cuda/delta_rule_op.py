@@ -1,4 +1,4 @@
-"""The operator torch.ops.srwm_cuda.delta_rule: how the kernels of delta_rule.cu are launched, and what graphs know of them."""
+"""The operator torch.ops.srwm_cuda.delta_rule: how its kernels are launched, and what graphs know of them."""
 
 import functools
 
@@ -11,7 +11,8 @@ from .kernels import LANES, Launch, round_up
 
 @functools.cache
 def launches(D, V):
-    """Forward and backward, whose rows in shared memory are padded to an odd multiple of what LANES threads read at once."""
+    """Forward and backward, whose rows in shared memory are padded to an odd multiple of what LANES threads read at
+    once."""
     forward = Launch("delta_rule.cu", f"delta_rule_forward_kernel<{D}>", round_up(max(V, 2 * D), 32))
     width = 4 * LANES
     floats = 4 * D + (6 + 2 * D) * (round_up(V - width, 2 * width) + width)
@@ -19,12 +20,14 @@ def launches(D, V):
     return forward, Launch("delta_rule.cu", f"delta_rule_backward_kernel<{D}>", threads, 4 * floats)
 
 
-# e = v - k F and the first step of each step's episode are for the backward pass, as in srwm_op.py.
-torch.library.define("srwm_cuda::delta_rule", "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor state, Tensor done,"
-                     " int bptt_length, bool training) -> (Tensor out, Tensor new_state, Tensor e, Tensor episode)")
-torch.library.define("srwm_cuda::delta_rule_backward", "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor state, Tensor done,"
-                     " Tensor e, Tensor episode, Tensor? grad_out, Tensor? grad_new_state, int bptt_length)"
-                     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_beta, Tensor grad_state)")
+# What the kernels save, as in srwm_op.py: e = v - k F, and the first step of each step's episode.
+torch.library.define(
+    "srwm_cuda::delta_rule", "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor state, Tensor done, int bptt_length,"
+    " bool training) -> (Tensor out, Tensor new_state, Tensor e, Tensor episode)")
+torch.library.define(
+    "srwm_cuda::delta_rule_backward", "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor state, Tensor done, Tensor e,"
+    " Tensor episode, Tensor? grad_out, Tensor? grad_new_state, int bptt_length)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_beta, Tensor grad_state)")
 
 
 @torch.library.register_fake("srwm_cuda::delta_rule")
@@ -33,7 +36,6 @@ def _outputs(q, k, v, beta, state, done, bptt_length, training):
             done.new_empty(done.shape if training else 0, dtype=torch.int32))
 
 
-@torch.library.impl("srwm_cuda::delta_rule", "default")
 def _forward(q, k, v, beta, state, done, bptt_length, training):
     (T, B, H, D), V = q.shape, v.shape[-1]
     tensors = q, k, v, beta, state, done
@@ -53,7 +55,6 @@ def _gradients(*tensors):
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors[:5])
 
 
-@torch.library.impl("srwm_cuda::delta_rule_backward", "default")
 def _backward(q, k, v, beta, state, done, e, episode, grad_out, grad_new_state, bptt_length):
     (T, B, H, D), V = q.shape, v.shape[-1]
     tensors = q, k, v, beta, state
@@ -82,4 +83,6 @@ def _autograd(ctx, grad_out, grad_new_state, *_):
     return *grads, None, None, None
 
 
+torch.library.impl("srwm_cuda::delta_rule", "default", _forward)
+torch.library.impl("srwm_cuda::delta_rule_backward", "default", _backward)
 torch.library.register_autograd("srwm_cuda::delta_rule", _autograd, setup_context=_setup_context)

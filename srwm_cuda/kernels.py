@@ -42,8 +42,8 @@ def round_up(n, multiple):
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched for given sizes. Called with the number of blocks, one for each environment and head, and with
-    the kernel's arguments."""
+    """How a kernel is launched for given sizes. Called with the number of blocks, one for each environment and head,
+    and with the kernel's arguments."""
 
     source: str
     kernel: str
@@ -55,15 +55,15 @@ class Launch(NamedTuple):
 
 
 def take(launches, first, columns, training):
-    """Whether the forward and, in training, the backward kernel that `launches` gives for a head size, the last of the tensor
-    `first`, and for a number of columns can run on it. A warning says what is missing: shared memory, or a compiler."""
+    """Whether the forward and, in training, the backward kernel that `launches` gives for a head size, the last of the
+    tensor `first`, and for a number of columns can run on it. A warning says what is missing."""
     if not first.is_cuda or first.dtype != torch.float32:
         return False
     most = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
     for each in launches(first.shape[-1], columns)[: 1 + training]:
         if each.shared_bytes > most:
-            _warn_once(f"srwm_cuda: {each.kernel} needs {each.shared_bytes // 1024} KiB of shared memory, which this GPU "
-                       "lacks: PyTorch's version runs, many times slower")
+            _warn_once(f"srwm_cuda: {each.kernel} needs {each.shared_bytes // 1024} KiB of shared memory, which this "
+                       "GPU lacks: PyTorch's version runs, many times slower")
             return False
         if not can_compile(each.source, each.kernel, architecture_of(first.device)):
             return False

@@ -71,7 +71,7 @@ def impala_cnn(frames, *parameters):
 
 
 def gradients(function, tensors, done, bptt_length, grad_outputs):
-    """Of one of the first two functions, computed anew, with respect to all tensors; a gradient of its outputs may be None."""
+    """Of `srwm` or `delta_rule`, computed anew, with respect to all tensors; a gradient of an output may be None."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with torch.enable_grad():
         outputs = function(*leaves, done, bptt_length)

@@ -1,4 +1,4 @@
-"""The operator torch.ops.srwm_cuda.srwm: how the kernels of srwm.cu are launched, and what graphs of PyTorch know of them."""
+"""The operator torch.ops.srwm_cuda.srwm: how its kernels are launched, and what graphs know of them."""
 
 import functools
 
@@ -13,8 +13,8 @@ AHEAD, ROWS_IN_REGISTERS = (kernels.constant("srwm.cu", name) for name in ("AHEA
 
 @functools.cache
 def launches(D, columns):
-    """Forward and backward. PARTS threads share a column's D rows; the fewer threads a block may have, the more registers
-    each of them gets."""
+    """Forward and backward. PARTS threads share a column's D rows; the fewer threads a block may have, the more
+    registers each of them gets."""
     parts = 2 if D > 32 else 1
     forward = Launch("srwm.cu", f"srwm_forward_kernel<{D}, {parts}>", round_up(columns * parts, 32))
     parts, fewer = (4, 2) if D > 32 else (D // 8, (D // 8 + 1) // 2)
@@ -24,16 +24,20 @@ def launches(D, columns):
     rows, threads = D // parts, round_up(columns * parts, 32)
     floats = 2 * round_up(threads // 32, 4) * 4 * D + AHEAD * round_up(D + 2 * columns + 1, 4)  # sums, and slots
     floats += rows * max_threads if rows > ROWS_IN_REGISTERS else 0  # W
-    return forward, Launch("srwm.cu", f"srwm_backward_kernel<Variant<{D}, {parts}, {max_threads}>>", threads, 4 * floats)
+    kernel = f"srwm_backward_kernel<Variant<{D}, {parts}, {max_threads}>>"
+    return forward, Launch("srwm.cu", kernel, threads, 4 * floats)
 
 
-# q, k and beta of all steps, d = (q - k) W, and the first step of each step's episode are for the backward pass: empty where
-# it is not to come. If it comes all the same, as in a graph that was recorded without gradients, it begins with a forward pass.
-torch.library.define("srwm_cuda::srwm", "(Tensor x, Tensor W, Tensor state, Tensor done, int bptt_length, bool training)"
-                     " -> (Tensor y, Tensor new_state, Tensor qkb, Tensor d, Tensor episode)")
-torch.library.define("srwm_cuda::srwm_backward", "(Tensor x, Tensor W, Tensor state, Tensor done, Tensor new_state, Tensor qkb,"
-                     " Tensor d, Tensor episode, Tensor? grad_y, Tensor? grad_new_state, int bptt_length)"
-                     " -> (Tensor grad_x, Tensor grad_W, Tensor grad_state)")
+# What the kernels save for the backward pass, if it is to come: q, k and beta of all steps, d = (q - k) W, and the
+# first step of each step's episode. If it comes without, as in a graph that was recorded under no_grad or on a CPU, it
+# begins with a forward pass.
+torch.library.define(
+    "srwm_cuda::srwm", "(Tensor x, Tensor W, Tensor state, Tensor done, int bptt_length, bool training)"
+    " -> (Tensor y, Tensor new_state, Tensor qkb, Tensor d, Tensor episode)")
+torch.library.define(
+    "srwm_cuda::srwm_backward", "(Tensor x, Tensor W, Tensor state, Tensor done, Tensor new_state, Tensor qkb,"
+    " Tensor d, Tensor episode, Tensor? grad_y, Tensor? grad_new_state, int bptt_length)"
+    " -> (Tensor grad_x, Tensor grad_W, Tensor grad_state)")
 
 
 @torch.library.register_fake("srwm_cuda::srwm")
@@ -44,7 +48,6 @@ def _outputs(x, W, state, done, bptt_length, training):
             done.new_empty(episode, dtype=torch.int32))
 
 
-@torch.library.impl("srwm_cuda::srwm", "default")
 def _forward(x, W, state, done, bptt_length, training):
     (T, B, H, D), columns = x.shape, W.shape[-1]
     y, new_state, *saved = _outputs(x, W, state, done, bptt_length, training)
@@ -63,7 +66,6 @@ def _gradients(x, W, state, *others):
     return x.new_empty(x.shape), W.new_empty(W.shape), state.new_empty(state.shape)
 
 
-@torch.library.impl("srwm_cuda::srwm_backward", "default")
 def _backward(x, W, state, done, new_state, qkb, d, episode, grad_y, grad_new_state, bptt_length):
     (T, B, H, D), columns = x.shape, W.shape[-1]
     if not kernels.take(launches, x, columns, True):
@@ -75,8 +77,8 @@ def _backward(x, W, state, done, new_state, qkb, d, episode, grad_y, grad_new_st
     grad_new_state = None if grad_new_state is None else grad_new_state.contiguous()  # None, as in training: zeros
     grad_x, grad_W, grad_state = x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(state.shape)
     _, backward = launches(D, columns)
-    backward(B * H, (T, B, H, Y, columns, bptt_length), x.contiguous(), W.contiguous(), state.contiguous(), new_state, qkb, d,
-             episode, grad_y, grad_new_state, grad_x, grad_W, grad_state)
+    backward(B * H, (T, B, H, Y, columns, bptt_length), x.contiguous(), W.contiguous(), state.contiguous(),
+             new_state, qkb, d, episode, grad_y, grad_new_state, grad_x, grad_W, grad_state)
     return grad_x, grad_W.sum(0), grad_state  # each environment its own part of grad_W: no atomics
 
 
@@ -92,4 +94,6 @@ def _autograd(ctx, grad_y, grad_new_state, *_):
     return *grads, None, None, None
 
 
+torch.library.impl("srwm_cuda::srwm", "default", _forward)
+torch.library.impl("srwm_cuda::srwm_backward", "default", _backward)
 torch.library.register_autograd("srwm_cuda::srwm", _autograd, setup_context=_setup_context)

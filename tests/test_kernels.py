@@ -174,7 +174,8 @@ def test_a_kernel_that_does_not_compile_leaves_the_work_to_pytorch(sources):
 def test_the_kernels_need_no_toolkit_and_no_compiler(tmp_path):
     program = ("import torch, srwm_cuda; x = torch.rand(3, 2, 4, 16, device='cuda', requires_grad=True); "
                "W = torch.rand(4, 16, 52, device='cuda'); y, _ = srwm_cuda.srwm(x, W, W.new_zeros(2, *W.shape), "
-               "torch.zeros(3, 2, dtype=torch.bool, device='cuda')); y.sum().backward(); assert 'srwm_cuda' in str(y.grad_fn)")
+               "torch.zeros(3, 2, dtype=torch.bool, device='cuda')); y.sum().backward(); "
+               "assert 'srwm_cuda' in str(y.grad_fn)")
     environment = os.environ | {"PATH": "", "CUDA_HOME": "/nowhere", "XDG_CACHE_HOME": str(tmp_path)}
     end = subprocess.run([sys.executable, "-W", "error:srwm_cuda", "-c", program], env=environment, capture_output=True,
                          text=True, cwd=kernels.FOLDER.parent)
