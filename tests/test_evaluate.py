@@ -572,6 +572,7 @@ def test_pictures_that_cannot_be_written_are_refused_before_work(word, trained, 
     assert not target.exists()  # the check leaves nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end, status, said", [
     ("| head -n 1", 0, ""), ("> /dev/full", 1, "the tables could not be printed: [Errno 28] No space left on device"),
     (">&- 2>&-", 0, ""), ("| cat", 0, "")], ids=["head", "full", "closed", "ascii"])

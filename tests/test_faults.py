@@ -374,6 +374,7 @@ def tracked(folder):
     return steps
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_each_entry_once_also_after_a_kill_and_out_of_reach_does_not_end_training(tmp_path):
     """And TensorBoard finds one run, whose files are not W&B's."""
     words = ("--track", "--log-interval", 1, "--exp-name")

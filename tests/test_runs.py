@@ -314,6 +314,7 @@ def test_a_signal_is_followed_by_one_update_at_most(train, monkeypatch):
 # Terminals, closed streams, other programs
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_status_line_rewrites_itself(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
@@ -332,6 +333,7 @@ def test_on_a_terminal_the_status_line_rewrites_itself(tmp_path):
     assert {len(line) for line in lines} == {59}
 
 
+@pytest.mark.slow
 def test_closed_streams_do_not_end_a_run_nor_does_a_poor_character_set(tmp_path):
     for redirection, variables in ((">&- 2>&- <&-", {}), ("> out.txt", dict(PYTHONIOENCODING="ascii"))):
         folder = tmp_path / variables.get("PYTHONIOENCODING", "closed \u00fc")

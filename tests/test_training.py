@@ -518,6 +518,7 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert all(torch.equal(old, new) for old, new in zip(before, learner.agent.parameters()))
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_trace_of_ten_updates(train):
     run = train("--total-steps", 800, "--profile")
     (trace,) = run.glob("*.pt.trace.json.gz")
