@@ -15,6 +15,7 @@ gc.freeze()  # modules are no garbage, and need not be looked through at each co
 torch.set_num_threads(1)  # batches are small here: a second thread waits more than it computes
 
 SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
+FRUITBOT = ("--env", "fruitbot")  # of whose levels an episode takes about a hundred steps
 
 
 def pytest_collection_modifyitems(items):

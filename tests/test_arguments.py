@@ -75,17 +75,15 @@ def test_steps_may_be_written_as_1e6(words, train):
     assert torch.load(train(*words.split()) / "checkpoint.pt")["args"]["total_steps"] == 60
 
 
-def test_a_run_goes_on_beyond_two_to_the_31_steps(train, command):
-    run = train("--total-steps", 20)
-    torch.save(torch.load(run / "checkpoint.pt") | {"step": 3 * 10**9}, run / "checkpoint.pt")
-    command(script, "--resume", run, "--total-steps", 3 * 10**9 + 20)
-    assert torch.load(run / "checkpoint.pt")["step"] == 3 * 10**9 + 20
+def test_a_run_goes_on_beyond_two_to_the_31_steps(trained, command):
+    torch.save(torch.load(trained / "checkpoint.pt") | {"step": 3 * 10**9}, trained / "checkpoint.pt")
+    command(script, "--resume", trained, "--total-steps", 3 * 10**9 + 20)
+    assert torch.load(trained / "checkpoint.pt")["step"] == 3 * 10**9 + 20
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cuda_without_a_gpu_is_refused(command, refused, train):
+def test_cuda_without_a_gpu_is_refused(command, refused, trained):
     refused(lambda: command(script, "--cuda"), "--cuda needs a GPU")
-    train("--total-steps", 20)
     refused(lambda: command(evaluate, "--cuda"), "--cuda needs a GPU")
 
 

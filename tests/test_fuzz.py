@@ -60,6 +60,7 @@ def draw(rng):
     return line + ([rng.choice(SWITCHES)] if rng.random() < 0.3 else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_every_command_line_trains_or_is_refused_in_one_line(seed, command, capsys, tmp_path):
     rng, trained = random.Random(seed), 0

@@ -84,11 +84,21 @@ def test_no_block_asks_for_more_shared_memory_than_it_may_have(shared_memory, mo
     assert max(asked.values()) <= shared_memory * 1024
 
 
+def assert_compiles(kernel, architecture):
+    name, cubin = kernels.compiled("impala_cnn.cu", kernel, architecture)
+    assert kernel.split("<")[0].encode() in name and cubin.startswith(b"\x7fELF")
+
+
+def test_one_kernel_of_each_name_compiles(nvrtc, monkeypatch):  # noqa: F811
+    for kernel in {kernel.split("<")[0]: kernel for kernel in launches(H100, monkeypatch)}.values():
+        assert_compiles(kernel, 90)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture, shared_memory", [(80, GEFORCE), (90, H100)])
 def test_every_kernel_of_the_cnn_compiles(nvrtc, architecture, shared_memory, monkeypatch):  # noqa: F811
     for kernel in launches(shared_memory, monkeypatch):
-        name, cubin = kernels.compiled("impala_cnn.cu", kernel, architecture)
-        assert kernel.split("<")[0].encode() in name and cubin.startswith(b"\x7fELF")
+        assert_compiles(kernel, architecture)
 
 
 # On a GPU.

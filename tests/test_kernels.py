@@ -61,10 +61,10 @@ def launches(D, widths):
         srwm_op.launches, delta_rule_op.launches) for launch in function(D, width)})
 
 
-@pytest.mark.parametrize("D, architecture, widths", [
-    (8, 90, [512]), (16, 90, [52, 400]), (32, 90, [200, 512]), (64, 90, [200, 384, 512]), (8, 75, [29]), (8, 80, [29]),
-    (8, 120, [29]),
-])
+@pytest.mark.parametrize("D, architecture, widths", [(16, 90, [52, 400]), *(
+    pytest.param(*sizes, marks=pytest.mark.slow) for sizes in (
+        (8, 90, [512]), (32, 90, [200, 512]), (64, 90, [200, 384, 512]), (8, 75, [29]), (8, 80, [29]),
+        (8, 120, [29])))])
 def test_every_kernel_compiles(nvrtc, D, architecture, widths):
     for source, kernel in launches(D, widths):
         name, cubin = kernels.compiled(source, kernel, architecture)
@@ -97,6 +97,7 @@ def test_a_changed_header_is_compiled_anew(nvrtc, cache, sources):
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_interrupted_compilation_does_not_stop_the_next_start(nvrtc, cache, number):
     slow = "delta_rule.cu", "delta_rule_backward_kernel<16>", 90  # half a second

@@ -40,26 +40,23 @@ def contents(folder):
 # Resuming
 
 
-def test_a_finished_run_says_so_and_nothing_is_written(train, command, capsys, tmp_path):
-    run = train("--total-steps", 40)
+def test_a_finished_run_says_so_and_nothing_is_written(trained, command, capsys, tmp_path):
     before = contents(tmp_path)
     capsys.readouterr()
-    command(script, "--resume", run)
-    assert capsys.readouterr().out == f"{run} is finished, at step 40 of 40: nothing to do\n"
+    command(script, "--resume", trained)
+    assert capsys.readouterr().out == f"{trained} is finished, at step 20 of 20: nothing to do\n"
     assert contents(tmp_path) == before
 
 
-def test_another_experiment_is_not_what_a_run_goes_on_with(train, command, refused, capsys, tmp_path):
+def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, refused, capsys, tmp_path):
     """Be it finished or not."""
-    run = train("--total-steps", 20)
     before = contents(tmp_path)
     capsys.readouterr()
     for words in ("--env maze", "--multi-env 3", "--distribution-mode hard", "--num-levels 100", "--start-level 1", "--seed 2",
                   "--exp-name ft", "--reward-clipping none", "--no-carry-state", "--hidden-size 64", "--num-head 4",
-                  "--num-layers 1", "--bptt-length 1"):
-        for steps in (20, 40):
-            refused(partial(command, script, "--resume", run, "--total-steps", steps, *words.split()),
-                    words.split()[0].replace("--no-", "--"), "--init-from")
+                  "--num-layers 1", "--bptt-length 1", "--seed 3 --total-steps 20"):  # the last: of a finished run
+        refused(partial(command, script, "--resume", trained, "--total-steps", 40, *words.split()),
+                words.split()[0].replace("--no-", "--"), "--init-from")
     assert contents(tmp_path) == before
 
 
@@ -95,15 +92,15 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_arguments_or_begins_on
     assert steps() == [20, 40, 40, 40]
 
 
-def test_auto_leaves_a_run_to_the_process_that_trains_it(train):
-    run = train("--total-steps", 40)
-    torch.save(torch.load(run / "checkpoint.pt") | {"step": 20}, run / "checkpoint.pt")
-    with open(run / "lock") as file:
+def test_auto_leaves_a_run_to_the_process_that_trains_it(trained, train):
+    torch.save(torch.load(trained / "checkpoint.pt") | {"step": 10}, trained / "checkpoint.pt")
+    with open(trained / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert train("--total-steps", 40, "--resume", "auto") is not None
-    assert read(run)["step"] == 20
+        assert train("--total-steps", 20, "--resume", "auto") is not None
+    assert read(trained)["step"] == 10
 
 
+@pytest.mark.slow
 def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
     def start(*words):
         return subprocess.Popen([sys.executable, SCRIPT, *TINY, *map(str, words)], cwd=tmp_path, text=True,
@@ -187,12 +184,11 @@ def test_a_fine_tuned_run_can_be_resumed_and_found(train, command):
 
 @pytest.mark.parametrize("words, expected", [
     (["--hidden-size", 64], "other sizes"), (["--resume", "runs"], "--resume and --init-from exclude each other")])
-def test_weights_that_do_not_fit_are_refused(words, expected, train, command, refused, capsys, tmp_path):
-    run = train("--total-steps", 20)
+def test_weights_that_do_not_fit_are_refused(words, expected, trained, command, refused, capsys, tmp_path):
     before = contents(tmp_path)
     capsys.readouterr()
-    refused(lambda: command(script, *SMALL, "--init-from", run, *words), expected)
-    refused(lambda: command(impala_procgen_ff, *SMALL, "--init-from", run), "other sizes")
+    refused(lambda: command(script, *SMALL, "--init-from", trained, *words), expected)
+    refused(lambda: command(impala_procgen_ff, *SMALL, "--init-from", trained), "other sizes")
     assert contents(tmp_path) == before
 
 
@@ -240,30 +236,28 @@ class FullDisk:
                 self.path.symlink_to("/dev/full")
 
 
-def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(train, command, validation, monkeypatch):
-    run = train("--total-steps", 20)
-    FullDisk(run / "best.pt", 1, monkeypatch)
+def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(trained, command, validation, monkeypatch):
+    FullDisk(trained / "best.pt", 1, monkeypatch)
     validation += [0.7, 0.6]
-    command(script, "--resume", run, "--total-steps", 60)
-    assert (read(run / "best.pt")["best"], read(run / "best.pt")["step"]) == (0.6, 60)
+    command(script, "--resume", trained, "--total-steps", 60)
+    assert (read(trained / "best.pt")["best"], read(trained / "best.pt")["step"]) == (0.6, 60)
 
 
-def test_an_extra_checkpoint_that_could_not_be_written_is_tried_again(train, command, monkeypatch):
-    run = train("--total-steps", 20)
-    FullDisk(run / "checkpoint_40.pt", 1, monkeypatch)
-    command(script, "--resume", run, "--total-steps", 80, "--save-extra-checkpoint", 40, "--save-interval", 0)
-    assert read(run / "checkpoint_60.pt")["step"] == 60
-    assert not (run / "checkpoint_80.pt").exists() and not (run / "checkpoint_40.pt").exists()
+def test_an_extra_checkpoint_that_could_not_be_written_is_tried_again(trained, command, monkeypatch):
+    FullDisk(trained / "checkpoint_40.pt", 1, monkeypatch)
+    command(script, "--resume", trained, "--total-steps", 80, "--save-extra-checkpoint", 40, "--save-interval", 0)
+    assert read(trained / "checkpoint_60.pt")["step"] == 60
+    assert not (trained / "checkpoint_80.pt").exists() and not (trained / "checkpoint_40.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["best", "checkpoint_40"])
-def test_a_run_that_ends_without_one_of_its_checkpoints_ends_with_status_1(name, train, command, validation, monkeypatch):
-    run = train("--total-steps", 20)
-    FullDisk(run / name, 10, monkeypatch)
+def test_a_run_that_ends_without_one_of_its_checkpoints_ends_with_status_1(name, trained, command, validation,
+                                                                                   monkeypatch):
+    FullDisk(trained / name, 10, monkeypatch)
     validation += [0.7]
     with pytest.raises(SystemExit) as end:
-        command(script, "--resume", run, "--total-steps", 40, "--save-extra-checkpoint", 40)
-    assert end.value.code == 1 and read(run)["step"] == 40
+        command(script, "--resume", trained, "--total-steps", 40, "--save-extra-checkpoint", 40)
+    assert end.value.code == 1 and read(trained)["step"] == 40
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(train, monkeypatch):
@@ -292,9 +286,9 @@ def test_where_a_folder_cannot_be_synchronized_no_file_stays_open(train, monkeyp
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
-    run = train("--total-steps", 400, "--save-interval", 0)
+    run = train("--total-steps", 100, "--save-interval", 0)
     opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-    assert read(run)["step"] == 400 and str(run) not in opened
+    assert read(run)["step"] == 100 and str(run) not in opened
 
 
 # Stopping
@@ -320,6 +314,7 @@ def test_a_signal_is_followed_by_one_update_at_most(train, monkeypatch):
 # Terminals, closed streams, other programs
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_status_line_rewrites_itself(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
@@ -338,6 +333,7 @@ def test_on_a_terminal_the_status_line_rewrites_itself(tmp_path):
     assert {len(line) for line in lines} == {59}
 
 
+@pytest.mark.slow
 def test_closed_streams_do_not_end_a_run_nor_does_a_poor_character_set(tmp_path):
     for redirection, variables in ((">&- 2>&- <&-", {}), ("> out.txt", dict(PYTHONIOENCODING="ascii"))):
         folder = tmp_path / variables.get("PYTHONIOENCODING", "closed \u00fc")
@@ -356,12 +352,11 @@ def test_another_program_may_call_main_also_in_a_thread(train, tmp_path):
         assert pool.submit(train, "--total-steps", 20, "--seed", 2).result() is not None
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(train, command, refused, capsys, tmp_path):
-    run = train("--total-steps", 20)
-    (run / "lock").unlink()
-    (run / "lock").mkdir()  # for root, too, nothing to write to
+def test_a_folder_that_cannot_be_written_to_is_refused(trained, command, refused, capsys, tmp_path):
+    (trained / "lock").unlink()
+    (trained / "lock").mkdir()  # for root, too, nothing to write to
     capsys.readouterr()
-    refused(lambda: command(script, "--resume", run, "--total-steps", 40), "Is a directory", f"{run}/lock")
+    refused(lambda: command(script, "--resume", trained, "--total-steps", 40), "Is a directory", f"{trained}/lock")
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     (tmp_path / "runs").touch()
     refused(lambda: command(script, *TINY), "runs")

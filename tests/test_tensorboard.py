@@ -133,6 +133,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_logs_on_from_there(train, c
     assert [step for step, tag in events(run) if tag == "SPS"] == [20, 40, 40, 60, 80, 100]
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_a_run_goes_on_without_its_log_and_without_what_was_lost(tmp_path):
     """No file may grow here."""
     finish(start(tmp_path, "--total-steps", 60, "--save-extra-checkpoint", 40))
