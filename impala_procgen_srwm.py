@@ -1085,8 +1085,8 @@ def mean_scalars(pool):
 
 
 def cut_log(folder, step):
-    """Cuts TensorBoard's files off after a checkpoint's step, so that no reader shows what a kill has
-    made undone. Returns the step of the last entry that is left, or the next step, and its events."""
+    """Cuts TensorBoard's files off after a checkpoint's step: what followed was lost. Returns the
+    step of the last entry that is left, or the step after the checkpoint, and its events."""
     last = {}  # event of each tag
     for path in sorted(folder.glob("*tfevents*")):
         size = 0

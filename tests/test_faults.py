@@ -375,34 +375,25 @@ def tracked(folder):
 
 
 @pytest.mark.slow
-def test_weights_and_biases_gets_each_entry_once_also_after_a_kill_and_out_of_reach_does_not_end_training(tmp_path):
+def test_weights_and_biases_gets_each_entry_of_a_run_that_goes_on_too(tmp_path):
     """And TensorBoard finds one run, whose files are not W&B's."""
-    words = ("--track", "--log-interval", 1, "--exp-name")
-    nowhere = dict(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="1")
-    killed = start(tmp_path, *words, "killed", "--save-interval", 4, WANDB_MODE="offline")
-    alone = start(tmp_path, *words, "alone", "--total-steps", 40, **nowhere)
-    assert "environments" in killed.stdout.readline()
-    (run,) = tmp_path.glob("runs/killed__*")
-    entries, checkpoint = run / "wandb_steps.txt", run / "checkpoint.pt"
-    while not (checkpoint.exists() and entries.stat().st_mtime > checkpoint.stat().st_mtime + 1 > time.time() - 1):
-        time.sleep(0.01)
-    time.sleep(0.5)  # in which the entry, newer than the checkpoint, comes to the disk
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    before = tracked(tmp_path)
-    assert before == list(map(int, entries.read_text().split())) and read(checkpoint)["step"] < before[-1]
-    last = before[-1] + 100 * STEPS
-    resumed = start(tmp_path, "--resume", run, "--total-steps", last, WANDB_MODE="offline")
+    first = start(tmp_path, "--track", "--total-steps", 40, WANDB_MODE="offline")
+    out, error = first.communicate(timeout=120)
+    assert first.returncode == 0, error
+    (run,) = tmp_path.glob("runs/*")
+    resumed = start(tmp_path, "--resume", run, "--total-steps", 80, WANDB_MODE="offline")
     out, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
-    out, error = alone.communicate(timeout=120)
-    assert alone.returncode == 0 and "checkpoint.pt at step 40" in out, error
-    assert "training goes on without Weights & Biases" in out
-    both = tracked(tmp_path)
-    assert both[: len(before)] == before and both == sorted(set(both)) and both[-1] == last
     logged = [step for step, _ in log(run)["SPS"]]
-    assert both[len(before) :] == [step for step in logged if step > before[-1]] and logged[-1] == last
-    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == set(tmp_path.glob("runs/*"))
+    assert tracked(tmp_path) == logged and logged[-1] == 80
+    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {run}
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_weights_and_biases_is_out_of_reach(tmp_path):
+    nowhere = dict(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="1")
+    out, error = start(tmp_path, "--track", "--total-steps", 40, **nowhere).communicate(timeout=120)
+    assert "checkpoint.pt at step 40" in out and "training goes on without Weights & Biases" in out, error
 
 
 @pytest.mark.slow
@@ -421,14 +412,6 @@ def test_training_goes_on_without_the_process_of_weights_and_biases(tmp_path):
     assert process.returncode == 0 and "saved" in out and "could not" not in out, error
     assert SCRIPT.name not in error  # wandb itself, which leaves when Python ends, may complain
     assert len(list(run.glob("events*"))) == 1
-
-
-def test_a_run_whose_list_of_tracked_steps_is_empty_goes_on(train, command):
-    """As a full disk may leave it."""
-    run = train("--total-steps", 20)
-    (run / "wandb_steps.txt").write_text("")
-    command(script, "--resume", run, "--total-steps", 40)
-    assert read(run / "checkpoint.pt")["step"] == 40
 
 
 def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(trained, tmp_path):

@@ -66,7 +66,7 @@ def start(folder, *words, limit=None):
 
 
 def finish(process, status=0):
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=300)  # a busy machine's
     assert process.returncode == status, error
     return out
 
@@ -150,22 +150,22 @@ def test_on_a_full_disk_a_run_goes_on_without_its_log_and_without_what_was_lost(
 def test_after_kills_tensorboard_draws_only_what_the_run_goes_on_from(tmp_path):
     """Two kills after the same checkpoint, one of which cuts the last record in half. Drawn by a server that has seen
     all, by a new one, and by the reader in Python."""
-    assert "saved" in finish(start(tmp_path, "--total-steps", 1000))  # by then an episode has ended: all tags are there
+    assert "saved" in finish(start(tmp_path, "--total-steps", 300))  # by then an episode has ended: all tags are there
     (run,) = tmp_path.glob("runs/*")
     curves, old = log(run), Server(tmp_path)
-    assert len(curves["SPS"]) == 100 and "return/mean" in curves
+    assert len(curves["SPS"]) == 30 and "return/mean" in curves
     for kill in range(2):
         process = start(tmp_path, "--resume", run, "--total-steps", 1_000_000, "--save-interval", 1000)
-        old.wait_until(lambda seen: steps(seen["SPS"])[-1] > 1100)  # of which nothing is saved
+        old.wait_until(lambda seen: steps(seen["SPS"])[-1] > 400)  # of which nothing is saved
         process.send_signal(signal.SIGKILL)
         finish(process, -signal.SIGKILL)
         newest = max(run.glob("*tfevents*"))
         os.truncate(newest, newest.stat().st_size - 3 * kill)
-    finish(start(tmp_path, "--resume", run, "--total-steps", 1040))
+    finish(start(tmp_path, "--resume", run, "--total-steps", 340, "--log-interval", 1000))  # one entry
     after = log(run)
     new = Server(tmp_path)
-    new.wait_until(lambda seen: steps(seen.get("SPS", [(0, 0)]))[-1] == 1040)
-    old.wait_until(lambda seen: steps(seen["SPS"])[-1] == 1040)
+    new.wait_until(lambda seen: steps(seen.get("SPS", [(0, 0)]))[-1] == 340)
+    old.wait_until(lambda seen: steps(seen["SPS"])[-1] == 340)
     for tag, curve in curves.items():
-        assert after[tag][: len(curve)] == curve and steps(after[tag][len(curve) :]) == [1010, 1020, 1030, 1040]
+        assert after[tag][: len(curve)] == curve and steps(after[tag][len(curve) :]) == [340]
     assert new.curves() == old.curves() == after
