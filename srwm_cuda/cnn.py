@@ -45,7 +45,7 @@ def is_known_text(*classes):
 def kernels_run_on(device):
     """Whether that GPU can run the kernels, and they compile."""
     architecture, kernel = kernels.architecture_of(device), f"layer_backward<32, 16, 16, FIRST, 1, {_buffers(device)}>"
-    return architecture >= 80 and kernels.can_compile("impala_cnn.cu", kernel, architecture)
+    return architecture >= 80 and kernels.can_compile("impala_cnn.cu", kernel, architecture, device)
 
 
 def _buffers(device):

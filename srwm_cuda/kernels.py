@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import threading
 import types
 import warnings
@@ -65,7 +64,7 @@ def take(launches, first, columns, training):
             _warn_once(f"srwm_cuda: {each.kernel} needs {each.shared_bytes // 1024} KiB of shared memory, which this "
                        "GPU lacks: PyTorch's version runs, many times slower")
             return False
-        if not can_compile(each.source, each.kernel, architecture_of(first.device)):
+        if not can_compile(each.source, each.kernel, architecture_of(first.device), first.device):
             return False
     return True
 
@@ -104,14 +103,18 @@ def launch(source, kernel, grid, block, shared_bytes, *arguments):
 
 
 @functools.cache
-def can_compile(source, kernel, architecture):
-    """Whether the kernel compiles for GPUs of that architecture, such as 90 for compute capability 9.0; warns if not."""
+def can_compile(source, kernel, architecture, device=None):
+    """Whether the kernel compiles for GPUs of that architecture, such as 90 for compute capability 9.0, and the device's
+    driver, if one is given, loads it; warns if not."""
     with _loading:
         try:
             compiled(source, kernel, architecture)
+            if device is not None:
+                make_current(device)
+                _load(source, kernel, device)
         except (OSError, RuntimeError) as error:
-            warnings.warn("srwm_cuda: the kernels cannot be compiled, so that PyTorch's version of them runs, many times "
-                          f"slower: {error}", stacklevel=3)
+            warnings.warn("srwm_cuda: the kernels cannot be compiled or loaded, so that PyTorch's version of them runs, many "
+                          f"times slower: {error}", stacklevel=3)
             return False
         return True
 
@@ -137,11 +140,14 @@ def compiled(source, kernel, architecture):
     _announce()
     name, cubin = _compile(source, texts, kernel, options)
     code = name + b"\0" + cubin
-    with contextlib.suppress(OSError):  # a disk that is full or cannot be written to: the next start compiles again
+    part = file.with_suffix(f".{os.getpid()}")  # of other processes, each writes its own
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as written:
-            written.write(hashlib.sha256(code).digest() + code)
-        os.replace(written.name, file)
+        part.write_bytes(hashlib.sha256(code).digest() + code)
+        part.replace(file)
+    except OSError:  # a disk that is full or cannot be written to: the next start compiles again
+        with contextlib.suppress(OSError):
+            part.unlink()
     return name, cubin
 
 

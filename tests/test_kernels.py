@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -168,6 +169,27 @@ def test_a_kernel_that_does_not_compile_leaves_the_work_to_pytorch(sources):
     with pytest.warns(UserWarning, match="PyTorch's version.*planted"):
         ours = srwm_cuda.srwm(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(ours, srwm_cuda.reference.srwm(*arguments)))
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_the_driver_does_not_load_leaves_the_work_to_pytorch(monkeypatch):
+    """As the code of a compiler that is newer than the driver."""
+    monkeypatch.setattr(kernels, "compiled", lambda *words: (b"name", b"no machine code"))
+    arguments = inputs(5, 2, 2, 16, 16, 0.1, torch.float32, "cuda")
+    with pytest.warns(UserWarning, match="cannot be compiled or loaded.*PyTorch's version"):
+        ours = srwm_cuda.srwm(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(ours, srwm_cuda.reference.srwm(*arguments)))
+
+
+def test_a_write_that_fails_leaves_nothing_in_the_cache(cache, nvrtc):
+    """Here because files may not become larger than 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert kernels.compiled(*KERNEL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.gpu
