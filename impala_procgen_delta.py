@@ -605,9 +605,9 @@ RETURN_RANGE = {
 GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
          "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
          "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
-RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
-    int(os.environ.get(name, default)) for name, default in
-    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
+NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # which torchrun sets
+RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (
+    int(os.environ[name]) if os.environ.get(name, "").isdecimal() else default for name, default in NUMBERS.items())
 SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
 STUCK_AFTER = 20  # seconds without an answer from environments
@@ -643,10 +643,10 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 def check_values(args):
     """Raises ValueError for a number that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
-    at_most_one = ("discounting", "alpha", "momentum")
+    always_positive, at_most_one = ("epsilon", "grad_norm_clipping", "total_steps"), ("discounting", "alpha", "momentum")
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            positive = type(value) is int and name not in may_be_zero or name in ("epsilon", "total_steps")
+            positive = type(value) is int and name not in may_be_zero or name in always_positive
             most = 1 if name in at_most_one else 1e15 if "step" in name or "checkpoint" in name else 2**31 - 1
             if not 0 <= value <= most or positive and value == 0:
                 least = "positive" if positive else "at least 0"
@@ -685,6 +685,9 @@ def resolve_args(given):
         raise ValueError(f"--cuda needs a GPU for each process: {NUM_PROCESSES_HERE}, not {torch.cuda.device_count()}")
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
+    if (args.save_extra_checkpoint or 0) > args.total_steps:
+        raise ValueError(f"--save-extra-checkpoint must be at most --total-steps {args.total_steps:.0f}, "
+                         f"got {args.save_extra_checkpoint}")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
     mode, games = args.distribution_mode, GAMES[args.distribution_mode]
@@ -802,6 +805,10 @@ class Run:
                     sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), srwm_cuda=srwm_cuda.SHA256,
                     processes=NUM_PROCESSES)
         self.history = [*checkpoint.get("history", ()), part]
+        old, new = (part["args"]["total_steps"] for part in self.history[-2:]) if self.step else (1, 1)
+        if old != new and RANK == 0:
+            say(f"with --total-steps {new:,.0f} instead of {old:,.0f}, the learning rate goes on at "
+                f"{1 - self.step / new:.0%} of its start, not at {max(0, 1 - self.step / old):.0%}")
         # A resumed run plays on, not again; each process has its range.
         self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16
         self.parts = contextlib.ExitStack()  # to close in the end
@@ -1030,13 +1037,16 @@ def cnn_runs_in(agent, args):
 def prepare_optimizer(optimizer, saved):
     """Lets the optimizer make its averages, by a step at learning rate zero: a CUDA graph cannot make them. They become
     the saved ones, or else zeros. Hyperparameters come from the arguments."""
-    (group,) = optimizer.param_groups
-    for parameter in group["params"]:
+    groups = optimizer.param_groups
+    parameters, rates = [x for group in groups for x in group["params"]], [group["lr"] for group in groups]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    learning_rate, group["lr"] = group["lr"], 0 * group["lr"]
+    for group in groups:
+        group["lr"] = 0 * group["lr"]
     optimizer.step()
-    group["lr"] = learning_rate
-    for index, parameter in enumerate(group["params"]):
+    for group, rate in zip(groups, rates):
+        group["lr"] = rate
+    for index, parameter in enumerate(parameters):
         before = saved["state"].get(index, {}) if saved else {}
         for name, average in optimizer.state[parameter].items():
             average.copy_(before.get(name, torch.zeros_like(average)))
@@ -1105,9 +1115,9 @@ class Logger:
     def __init__(self, run):
         self.wandb = None
         if run.args.track:
-            import wandb
             name = run.folder.resolve().name
             try:
+                import wandb
                 self.wandb = wandb.init(project=run.args.wandb_project_name, entity=run.args.wandb_entity, name=name,
                                         id=name, resume="allow", config=to_plain(run.args), allow_val_change=True)
             except Exception as error:  # no network, no account: no reason to stop
@@ -1235,12 +1245,16 @@ def row_views(row, sizes, tensors):
 @torch.no_grad()
 def reset_diverged(agent, state):
     """Zeroes the state, whose parts are (B, ...), of environments in which it is not finite or reaches
-    agent.state_bound, if there is one. Returns their number, a tensor: nobody waits for it."""
-    bound = getattr(agent, "state_bound", math.inf)
-    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
+    agent.state_bound, if there is one: a number, or a tuple of one for each part (math.inf: none).
+    Returns their number, a tensor: nobody waits for it."""
+    bounds = getattr(agent, "state_bound", math.inf)
+    bounds = bounds if isinstance(bounds, tuple) else [bounds] * len(state)
+    diverged = [~(part.abs().reshape(len(part), -1).amax(1) < bound)  # (B,) each; nan is not less either
+                for part, bound in zip(state, bounds) if part.is_floating_point()]
     diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
     for part in state:
-        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+        if len(diverged):
+            part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
     return diverged.sum()
 
 
@@ -1249,6 +1263,11 @@ class Launch:
 
     def __init__(self):
         self.store, of_torchrun = dist.HashStore(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        for name in (*NUMBERS, "MASTER_ADDR", "MASTER_PORT") if os.environ.keys() & NUMBERS else ():
+            value = os.environ.get(name, "")
+            if not value or name != "MASTER_ADDR" and not value.isdecimal():
+                raise ValueError(f"{name} is '{value}' in the environment, where torchrun sets it beside others: start "
+                                 f"with torchrun, or with none of {', '.join(NUMBERS)}")
         if NUM_PROCESSES > 1 or of_torchrun:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)

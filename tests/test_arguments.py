@@ -87,6 +87,22 @@ def test_cuda_without_a_gpu_is_refused(command, refused, trained):
     refused(lambda: command(evaluate, "--cuda"), "--cuda needs a GPU")
 
 
+@pytest.mark.parametrize("variables, named", [
+    (dict(RANK="1"), "LOCAL_RANK is ''"), (dict(WORLD_SIZE="2"), "RANK is ''"), (dict(WORLD_SIZE=""), "RANK is ''"),
+    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="two", LOCAL_WORLD_SIZE="1"), "WORLD_SIZE is 'two'"),
+    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1"), "MASTER_ADDR is ''"),
+])
+def test_half_of_torchrun_s_variables_are_refused(variables, named, command, refused, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(lambda: command(script, "--no-cuda"), f"error: {named} in the environment, where torchrun sets it")
+
+
+def test_an_extra_checkpoint_beyond_the_end_is_refused(command, refused):
+    refused(lambda: command(script, "--no-cuda", "--total-steps", 100, "--save-extra-checkpoint", 101),
+            "--save-extra-checkpoint must be at most --total-steps 100, got 101")
+
+
 V1 = "12:cpuset:/\n4:cpu,cpuacct:/a/b\n0::/\n"
 
 

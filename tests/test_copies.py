@@ -1,6 +1,7 @@
 """A user's copy is the experiment that its text says: a changed CNN, buffers, BatchNorm, dropout."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -127,6 +128,26 @@ def test_the_policy_that_acts_is_the_one_that_v_trace_compares_with(kind, own_co
     for ours, theirs in zip(learner.agent.buffers(), actor.agent.buffers()):
         actor.pool.weights.fetch(actor.agent)
         assert torch.equal(ours, theirs)
+
+
+def test_a_state_may_have_parts_of_any_shape_and_type_each_with_its_own_bound():
+    agent = torch.nn.Identity()
+    agent.state_bound = 100.0, math.inf, math.inf
+    state = (torch.tensor([[1.0], [200.0], [1.0]]), torch.tensor([500.0, 500.0, torch.nan]),
+             torch.tensor([True, True, True]), torch.tensor([[7, 7]] * 3))
+    assert impala_procgen_srwm.reset_diverged(agent, state) == 2
+    assert [part[0].max().item() for part in state] == [1, 500, True, 7]
+    assert all((part[1:] == 0).all() for part in state)
+
+
+def test_an_optimizer_may_have_two_groups_of_parameters(own_copy, train, command):
+    script = own_copy("torch.optim.RMSprop(self.parameters, self.learning_rate",
+                      "torch.optim.RMSprop([dict(params=self.parameters[:9]), dict(params=self.parameters[9:], momentum=0.5)],"
+                      " self.learning_rate")
+    run = train("--total-steps", 40, script=script)
+    command(script, "--resume", run, "--total-steps", 60)
+    state = script.load_checkpoint(run / "checkpoint.pt", None)["optimizer"]
+    assert len(state["param_groups"]) == 2 and {each["step"].item() for each in state["state"].values()} == {3}
 
 
 def test_averages_are_of_training_alone(own_copy):

@@ -56,6 +56,14 @@ def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, ref
     assert contents(tmp_path) == before
 
 
+def test_a_longer_schedule_is_told_when_a_run_goes_on_with_it(trained, command, capsys):
+    command(script, "--resume", trained, "--total-steps", 40)
+    told = "with --total-steps 40 instead of 20, the learning rate goes on at 50% of its start, not at 0%"
+    assert told in capsys.readouterr().out
+    command(script, "--resume", trained)
+    assert "learning rate" not in capsys.readouterr().out
+
+
 def test_six_games_may_be_named_or_left_out(train, command):
     run = train("--total-steps", 20, "--multi-env", "None", "--num-envs", 6)
     command(script, "--resume", run, "--total-steps", 40, "--multi-env", 6)
