@@ -37,6 +37,7 @@ import torch
 import tyro
 
 from reporting import tables
+from srwm_cuda import processes
 
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
@@ -210,7 +211,7 @@ def resolve_history(script, checkpoint, args):
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)
     known = {field.name for field in fields(script.Args)}  # those of an older version may be gone
     return [script.resolve_args(script.Args(**{name: value for name, value in saved.items() if name in known} | here))
-            for saved in (checkpoint["args"], *checkpoint.get("before", ()))]
+            for saved in (checkpoint["args"], *(parts[-1]["args"] for parts in checkpoint["before"]))]
 
 
 def flags_of(saved, script):
@@ -230,10 +231,11 @@ def describe(path, script, checkpoint, history):
     (trained, trained_games), *before = history
     first, count = trained.valid_start_level, trained.valid_num_levels
     return dict(run=path.resolve().parent.name if checkpoint["optimizer"] else None, file=path.stem,
-                script=checkpoint["script"], code=checkpoint.get("sha256", "")[:8],
+                script=checkpoint["script"], code=checkpoint["history"][-1]["sha256"][:8],
                 flags=flags_of(checkpoint["args"], script),
-                init_from=[dict(exp_name=Path(saved["exp_name"]).name, games=games, flags=flags_of(saved, script))
-                           for saved, (_, games) in zip(checkpoint.get("before", ()), before)],
+                init_from=[dict(exp_name=Path(parts[-1]["args"]["exp_name"]).name, games=games,
+                                flags=flags_of(parts[-1]["args"], script))
+                           for parts, (_, games) in zip(checkpoint["before"], before)],
                 trained_games=trained_games, seed=trained.seed, step=checkpoint["step"],
                 validation=[first, first + count - 1] if count else None, bf16=trained.bf16)
 
@@ -297,7 +299,7 @@ class Policy:
     """
 
     def __init__(self, script, agent, args, greedy, seed, graph=True):
-        self.script, self.agent, self.args, self.greedy, self.seed = script, agent, args, greedy, seed
+        self.script, self.agent, self.args, self.greedy, self.seed = script, agent.eval(), args, greedy, seed
         self.device = next(agent.parameters(), torch.zeros(())).device
         cuda, B = self.device.type == "cuda", SLOTS[self.device.type]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
@@ -541,7 +543,7 @@ def main():
         try:
             args = command_line(__doc__, tyro.cli, f=Args, description="")
             runs = prepare(args)
-            runs[0].script.keep_freed_memory()
+            processes.keep_freed_memory()
         except BrokenPipeError:  # of --help | head
             os._exit(0)
         except (ValueError, OSError) as error:

@@ -17,29 +17,22 @@ H heads of size D. Expect about 275,000 steps a second on one H200 with 16 cores
 """
 
 import contextlib
-import ctypes
 import hashlib
-import io
 import math
-import mmap
 import os
 import queue
-import re
-import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
-import warnings
 import weakref
 import zipfile
 from collections import Counter, deque
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,47 +40,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
 import srwm_cuda
+from srwm_cuda import processes
+from srwm_cuda.engine import ProcgenGym3Env
 
-# The games in the order of --multi-env, and the ranges that normalize their returns (Cobbe et al. 2020, appendix C).
-RETURN_RANGE = {
-    "bigfish": {"easy": (1, 40), "hard": (0, 40)}, "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
-    "maze": {"easy": (5, 10), "hard": (4, 10)}, "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
-    "plunder": {"easy": (4.5, 30), "hard": (3, 30)}, "starpilot": {"easy": (2.5, 64), "hard": (1.5, 35)},
-    "miner": {"easy": (1.5, 13), "hard": (1.5, 20)}, "bossfight": {"easy": (0.5, 13), "hard": (0.5, 13)},
-    "caveflyer": {"easy": (3.5, 12), "hard": (2, 13.4)}, "chaser": {"easy": (0.5, 13), "hard": (0.5, 14.2)},
-    "climber": {"easy": (2, 12.6), "hard": (1, 12.6)}, "coinrun": {"easy": (5, 10), "hard": (5, 10)},
-    "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)}, "heist": {"easy": (3.5, 10), "hard": (2, 10)},
-    "jumper": {"easy": (3, 10), "hard": (1, 10)}, "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
-}
-GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
-         "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
-         "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
 Mode = Literal["easy", "hard", "extreme", "memory"]
 FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # FEATURES: what the encoder makes of a frame
-
-
-@dataclass
-class RunArgs:
-    exp_name: str = Path(__file__).stem  # first part of the run's name; the run's folder is runs/NAME
-    seed: int = 1  # of weights, levels and actions (asynchronous threads still make runs differ, see --deterministic)
-    deterministic: bool = False  # actors and learner take turns: slower, but equal seeds give equal runs, bit for bit
-    cuda: bool = torch.cuda.is_available()  # train on the GPU
-    cuda_graphs: bool = True  # run act and loss as CUDA graphs; without, print, .item() and breakpoints work there
-    bf16: bool | None = None  # run the CNN in bfloat16 (None: where the hardware computes in it)
-    # continue the run in this folder, or from this checkpoint file of it, with its own arguments as defaults;
-    # auto: continue the newest unfinished run of the same arguments, or begin a new one
-    resume: Path | None = None
-    init_from: Path | None = None  # begin a new run with weights and model arguments of this run or checkpoint file
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works without a network)
-    wandb_project_name: str = "srwm-procgen"  # project to log to
-    wandb_entity: str | None = None  # user or team to log to
-    log_interval: float = 5.0  # seconds between two status lines and entries in TensorBoard
-    save_interval: float = 300.0  # seconds between two checkpoints
-    save_extra_checkpoint: int | None = None  # keep the checkpoint at this step too
-    profile: bool = False  # write a trace of ten updates to the run's folder, for ui.perfetto.dev or chrome://tracing
 
 
 @dataclass
@@ -107,7 +69,7 @@ class EnvironmentArgs:
 
 @dataclass
 class LearningArgs:
-    total_steps: int = 300_000_000  # environment steps to learn from, over which the learning rate falls to zero
+    total_steps: float = 3e8  # environment steps to learn from, over which the learning rate falls to zero
     unroll_length: int = 50  # steps T of an unroll
     batch_size: int = 32  # unrolls B in an update
     learning_rate: float = 6e-4  # of RMSprop, at the start
@@ -143,19 +105,28 @@ class Encoder(nn.Module):
             channels = out
         self.cnn, self.fc = nn.Sequential(*layers), nn.Linear(channels * 8 * 8, FEATURES)  # 64 is halved three times
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.fused = args.cuda and args.bf16 and srwm_cuda.is_impala_cnn(self.conv, self.cnn.parameters())
-        if not self.fused:
+        self.kernels, self.built, self.compiled = args.cuda and args.bf16, str(self.cnn), None
+        if not self.fused():
             self.to(memory_format=torch.channels_last)
+            if self.kernels and args.cuda_graphs:
+                torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is, with a warning
+                self.compiled = torch.compile(self.conv, dynamic=False)
+
+    def fused(self):
+        """Whether the kernels compute the CNN: where they can run, and only as this text says and makes it."""
+        if not self.kernels or str(self.cnn) != self.built:
+            return False
+        return srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters()) if self.fused else self.conv(frames, self.dtype)
+            x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters()) if self.fused() else (self.compiled or self.conv)(frames)
             return F.relu(self.fc(F.relu(x))).float()
 
-    def conv(self, frames, dtype=torch.float32):  # what the kernels compute too; if it is changed, they do not run
-        return self.cnn(frames.permute(0, 3, 1, 2).to(dtype) / 255.0).flatten(1)
+    def conv(self, frames):
+        return self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)
 
 
 # ================================== model: all that differs between the six scripts ==================================
@@ -179,7 +150,8 @@ class Agent(nn.Module):
 
     def forward(self, obs, reward, done, state):  # obs (T, B, 64, 64, 3) uint8; reward, done (T, B)
         features = self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])  # (T, B, 256)
-        h = torch.cat([features, reward.clamp(-1, 1).unsqueeze(-1)], dim=-1)
+        last_reward = reward.masked_fill(done, 0).clamp(-1, 1).unsqueeze(-1)  # an episode begins with none
+        h = torch.cat([features, last_reward], dim=-1)
         return self.policy(h), self.baseline(h).squeeze(-1), state  # (T, B, 15), (T, B), state
 
 
@@ -211,12 +183,7 @@ def make_envs(args, games, num, seed, num_threads=0, **options):
     """`num` environments in one vector; number n plays games[n % len(games)]. num_threads 0: the caller steps them.
     What `observe` of the vector, or of a wrapper around it, returns is what the agent sees, here and in evaluation."""
     options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels, start_level=args.start_level)
-    try:
-        envs = ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
-    except OSError as error:  # the dynamic linker's
-        raise ValueError(f"procgen does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
-    envs._reuse_arrays = True  # observe() returns the engine's own buffers: an option of gym3 that procgen hides
-    return envs
+    return ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads, **options)
 
 
 class Engine:
@@ -235,8 +202,8 @@ class Engine:
                 part = slice(B * n // len(owners), B * (n + 1) // len(owners))
                 vectors[owner].append((block, part, block.flags[n].numpy(), self.next_seed))
                 self.next_seed += 1
-        self.processes = [start_process(self.serve, each) for each in vectors]
-        self.close, self.watch = weakref.finalize(self, end_processes, self.processes), Watch(self)
+        self.processes = [processes.fork(self.serve, each) for each in vectors]
+        self.close, self.watch = weakref.finalize(self, processes.end, self.processes), Watch(self)
 
     def serve(self, vectors):
         """What a process does: it plays a step of each vector whose flag is 1."""
@@ -253,16 +220,17 @@ class Engine:
     def play(self, block, part, flag, seed):
         """A generator that plays a step whenever it goes on."""
         games = [self.games[n % len(self.games)] for n in range(part.start, part.stop)]
-        envs = make_envs(self.args, games, len(games), seed)
         *inputs, action = (x.numpy()[part] for x in (block.obs, block.reward, block.done, block.action))
+        envs = make_envs(self.args, games, len(games), seed, frames=inputs[0])  # which the engine draws to
         while True:
             reward, obs, done = envs.observe()
             for shared, new in zip(inputs, (obs["rgb"], reward, done)):
-                np.concatenate([new], out=shared)  # a copy; an error if the shape or the kind of numbers is another
+                if new is not shared:
+                    np.concatenate([new], out=shared)  # a copy; an error if it is of another shape or kind of numbers
             flag[1] += 1  # for Watch
             flag[0] = 0
             yield
-            envs.act(action)
+            envs.act(action.astype(np.int32))
 
 
 class Unroll:
@@ -309,6 +277,11 @@ class Weights:
         self.newest.fill_(self.version)
         self.row.fill_(self.version % 8)
 
+    @torch.no_grad()
+    def restore(self):
+        """Gives the learner's agent what was published last."""
+        torch._foreach_copy_(self.tensors, self.rows[self.version % 8][0])
+
     def attach(self, agent):
         """Gives an agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
         agent.row, tensors = self.ring[0].clone(), [*agent.parameters(), *agent.buffers()]
@@ -331,9 +304,10 @@ class Actor:
         self.args, self.pool, self.block = args, pool, pool.engine.blocks[index]
         self.free = queue.Queue() if args.deterministic else pool.free  # unrolls to fill
         self.totals = np.zeros((2, B))  # return and length of each environment's episode before the unroll
-        self.agent = Agent(args).to(device).requires_grad_(False)
+        self.agent = Agent(args).to(device).requires_grad_(False).eval()  # no dropout, and BatchNorm's averages
         pool.weights.attach(self.agent)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
+        self.noise = torch.zeros_like(self.unroll.logits)
         self.generator = torch.Generator(device).manual_seed(pool.seed + index)
         self.num_diverged, self.flags = torch.zeros((), device=device), srwm_cuda.Flags(self.block.flags, device)
         self.parts = [lambda begin=begin: self.steps(begin, min(begin + 5, args.unroll_length))  # 5: steps in a graph
@@ -344,6 +318,7 @@ class Actor:
         """Plays time steps `begin` to `end` of the unroll."""
         if begin == 0:
             self.num_diverged += reset_diverged(self.agent, self.state)
+            self.noise.exponential_(generator=self.generator).log_()  # argmax(p / Exp(1)) is a sample of p
             for first, now in zip(self.unroll.state, self.state):
                 first.copy_(now if self.args.carry_state else now.zero_())
         state = self.state
@@ -367,10 +342,9 @@ class Actor:
         """The newest policy's actions at time step t. Returns the state after it."""
         self.pool.weights.fetch(self.agent)
         logits, _, state = self.agent(*(x[t : t + 1] for x in self.unroll.inputs), state)
-        exponential = torch.empty_like(logits[0]).exponential_(generator=self.generator)
-        action = (logits[0].softmax(-1) / exponential).argmax(-1)  # argmax(p / Exp(1)) is a sample of p
-        self.unroll.action[t], self.unroll.logits[t], self.unroll.version[t] = action, logits[0], self.agent.version
-        self.block.action.copy_(action.int(), non_blocking=True)
+        self.unroll.logits[t], self.unroll.version[t] = logits[0], self.agent.version
+        torch.argmax(logits[0] - self.noise[t], -1, out=self.unroll.action[t])
+        self.block.action.copy_(self.unroll.action[t], non_blocking=True)
         return state
 
     def play(self, unroll):
@@ -449,14 +423,26 @@ class Learner:
                                              momentum=args.momentum, foreach=args.cuda, capturable=args.cuda)
         prepare_optimizer(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
+        self.names = ()  # of the statistics, once known
         self.unroll, self.column = None, 0  # in use, and its first environment that was not yet learned from
         self.backward_graph = self.step_graph = None
+        self.batch.obs.random_(0, 256)
+        begin = [x[:1] for x in self.batch.inputs] + [self.batch.state]
+        self.modes_differ = not torch.allclose(*(self.logits(mode, *begin) for mode in (False, True)), 1e-3, 1e-4)
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
-                self.loss()[0].backward()
+                self.backward()
             if args.cuda_graphs:
                 self.backward_graph = capture(self.backward, torch.cuda.current_stream())
                 self.step_graph = capture(self.step, torch.cuda.current_stream())
+        self.weights.restore()  # averages of BatchNorm that this has changed
+
+    @torch.no_grad()
+    def logits(self, training, *inputs):
+        """The policy as it is in training, or as actors compute it, without dropout and with BatchNorm's averages."""
+        logits, _, _ = self.agent.train(training)(*inputs)
+        self.agent.train()
+        return logits
 
     def fill(self, pool):
         """Fills the batch with the next environments of unrolls. Returns whether it did: not after a signal to stop."""
@@ -478,11 +464,14 @@ class Learner:
     def loss(self):
         """The loss, a sum over time and batch as in the paper, and statistics, means over both."""
         batch, args = self.batch, self.args
-        logits, values, _ = self.agent(batch.obs, batch.reward, batch.done, batch.state)
+        acting_logits = self.logits(False, *batch.inputs, batch.state)[:-1] if self.modes_differ else None
+        logits, values, _ = self.agent(*batch.inputs, batch.state)
         values, bootstrap_value = values[:-1], values[-1].detach()
-        log_pi, log_mu = logits[:-1].log_softmax(-1), batch.logits.log_softmax(-1)
-        log_pi_action, log_mu_action = (x.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for x in (log_pi, log_mu))
-        log_rhos = log_pi_action.detach() - log_mu_action  # (T, B)
+        log_pi = logits[:-1].log_softmax(-1)
+        log_acting = acting_logits.log_softmax(-1) if self.modes_differ else log_pi.detach()  # pi as actors would act
+        log_pi_action, log_acting_action, log_mu_action = (
+            x.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for x in (log_pi, log_acting, batch.logits.log_softmax(-1)))
+        log_rhos = log_acting_action - log_mu_action  # (T, B)
         rewards = batch.reward[1:]  # after each action
         rewards = rewards.clamp(-1, 1) if args.reward_clipping == "abs_one" else rewards * batch.reward_scale
         discounts = args.discounting * (~batch.done[1:]).float()
@@ -503,6 +492,8 @@ class Learner:
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
+        if missing := [name for name, x in self.agent.named_parameters() if x.grad is None and not self.names]:
+            say(f"no gradient reaches {', '.join(missing)}")
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.parameters]
         self.joint = torch.cat([x.flatten() for x in (*gradients, *statistics.values())])
         self.names, number = list(statistics), len(statistics)
@@ -523,23 +514,29 @@ class Learner:
         if dist.is_initialized():
             dist.all_reduce(self.joint)
             self.joint /= dist.get_world_size()
+            for buffer in self.agent.buffers():  # averages of BatchNorm
+                dist.broadcast(buffer, src=0)
         values = torch.cat([self.statistics, self.gradient.norm().view(1)])
         synchronize()  # sleeps until the GPU is done: tolist() alone would keep a core busy
         statistics = dict(zip([*self.names, "gradient_norm"], values.tolist()))
         if finite := all(map(math.isfinite, statistics.values())):
             (self.step_graph or self.step)()
+        else:
+            self.weights.restore()  # averages of BatchNorm, which may not be finite either
         self.weights.publish()
         return statistics, finite
 
 
 def train(run, stop):
     """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
-    args, agent = run.args, run.agent
-    learner = run.learner = Learner(agent, args, run.optimizer_state)
-    # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
-    # (actors + 1) x environments / batch updates old, 26 with 8 x 90 and batches of 32, and on average half of that.
-    pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop, num_unrolls=args.num_actors + 1)
-    try:
+    args = run.args
+    with run.parts:  # which are closed in the end, the last first
+        learner = run.learner = Learner(run.agent, args, run.optimizer_state)
+        # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
+        # (actors + 1) x environments / batch updates old, 26 with 8 x 90 and batches of 32, and on average half of that.
+        num_unrolls = args.num_actors + 1
+        pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop, num_unrolls)
+        run.parts.callback(pool.close)
         run.open(pool, stop)
         stop.training = True  # from now on, Ctrl-C saves
         pool.start()
@@ -549,43 +546,71 @@ def train(run, stop):
             learning_rate = args.learning_rate * (1 - run.step / args.total_steps)
             run.after_update(*learner.update(learning_rate))
         run.finish()
-    finally:
-        pool.close()
-        run.parts.close()
 
 
 # ====================== housekeeping: what a run needs, and a reader of the paper does not ======================
 # In order: arguments, command line, a run with its checkpoints and its log, engine, CUDA, processes, signals, main.
 
-RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (  # torchrun sets them
-    int(os.environ.get(name, default)) for name, default in
-    {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items())
+# The games in the order of --multi-env, and the ranges that normalize their returns (Cobbe et al. 2020, appendix C).
+RETURN_RANGE = {
+    "bigfish": {"easy": (1, 40), "hard": (0, 40)}, "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
+    "maze": {"easy": (5, 10), "hard": (4, 10)}, "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
+    "plunder": {"easy": (4.5, 30), "hard": (3, 30)}, "starpilot": {"easy": (2.5, 64), "hard": (1.5, 35)},
+    "miner": {"easy": (1.5, 13), "hard": (1.5, 20)}, "bossfight": {"easy": (0.5, 13), "hard": (0.5, 13)},
+    "caveflyer": {"easy": (3.5, 12), "hard": (2, 13.4)}, "chaser": {"easy": (0.5, 13), "hard": (0.5, 14.2)},
+    "climber": {"easy": (2, 12.6), "hard": (1, 12.6)}, "coinrun": {"easy": (5, 10), "hard": (5, 10)},
+    "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)}, "heist": {"easy": (3.5, 10), "hard": (2, 10)},
+    "jumper": {"easy": (3, 10), "hard": (1, 10)}, "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
+}
+GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
+         "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
+         "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
+NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # which torchrun sets
+RANK, LOCAL_RANK, NUM_PROCESSES, NUM_PROCESSES_HERE = (
+    int(os.environ[name]) if os.environ.get(name, "").isdecimal() else default for name, default in NUMBERS.items())
 SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
 STUCK_AFTER = 20  # seconds without an answer from environments
 MAX_SKIPPED = 50  # updates in a row that are not finite, and so left out, before the run ends
 locks = {}  # open files by a run's folder: the system unlocks them when this process ends
-terminal = dict(passing=False)  # whether the next line replaces its last one
 
 
 @dataclass
-class Args(RunArgs, EnvironmentArgs, LearningArgs, ModelArgs):
-    """All arguments; --help shows them in these four groups."""
+class RunArgs:
+    exp_name: str = Path(__file__).stem  # first part of the run's name; the run's folder is runs/NAME
+    seed: int = 1  # of weights, levels and actions (asynchronous threads still make runs differ, see --deterministic)
+    deterministic: bool = False  # actors and learner take turns: slower, but equal seeds give equal runs, bit for bit
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
+    cuda_graphs: bool = True  # run act and loss as CUDA graphs; without, print, .item() and breakpoints work there
+    bf16: bool | None = None  # run the CNN in bfloat16 (None: where the hardware computes in it)
+    # continue the run in this folder, or from this checkpoint file of it, with its own arguments as defaults;
+    # auto: continue the newest unfinished run of the same arguments, or begin a new one
+    resume: Path | None = None
+    init_from: Path | None = None  # begin a new run with weights and model arguments of this run or checkpoint file
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works without a network)
+    wandb_project_name: str = "srwm-procgen"  # project to log to
+    wandb_entity: str | None = None  # user or team to log to
+    log_interval: float = 5.0  # seconds between two status lines and entries in TensorBoard
+    save_interval: float = 300.0  # seconds between two checkpoints
+    save_extra_checkpoint: int | None = None  # keep the checkpoint at this step too
+
+
+@dataclass
+class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
+    """All arguments; --help shows them from the last group to the first."""
 
 
 def check_values(args):
-    """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
-    may_be_zero = {"seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level", "discounting", "alpha",
-                   "momentum", "baseline_cost", "entropy_cost", "learning_rate", "log_interval", "save_interval"}
-    largest = dict(total_steps=10**12, save_extra_checkpoint=2**53, discounting=1, alpha=1, momentum=1)
-    for field in fields(args):
-        name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise ValueError(f"--{flag} must be one of {', '.join(get_args(field.type))}, got {value}")
+    """Raises ValueError for a number that is not allowed, also where it comes from a checkpoint."""
+    may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
+    always_positive, at_most_one = ("epsilon", "grad_norm_clipping", "total_steps"), ("discounting", "alpha", "momentum")
+    for name, value in vars(args).items():
         if type(value) in (int, float):
-            least, most = "at least 0" if name in may_be_zero else "positive", largest.get(name, 2**31 - 1)
-            if not (0 < value <= most or value == 0 and name in may_be_zero):
-                raise ValueError(f"--{flag} must be {least} and at most {most}, got {value}")
+            positive = type(value) is int and name not in may_be_zero or name in always_positive
+            most = 1 if name in at_most_one else 1e15 if "step" in name or "checkpoint" in name else 2**31 - 1
+            if not 0 <= value <= most or positive and value == 0:
+                least = "positive" if positive else "at least 0"
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and at most {most:.0f}, got {value}")
 
 
 def check_games(games, args, valid=""):
@@ -620,6 +645,9 @@ def resolve_args(given):
         raise ValueError(f"--cuda needs a GPU for each process: {NUM_PROCESSES_HERE}, not {torch.cuda.device_count()}")
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
+    if (args.save_extra_checkpoint or 0) > args.total_steps:
+        raise ValueError(f"--save-extra-checkpoint must be at most --total-steps {args.total_steps:.0f}, "
+                         f"got {args.save_extra_checkpoint}")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
     mode, games = args.distribution_mode, GAMES[args.distribution_mode]
@@ -654,51 +682,8 @@ def resolve_args(given):
     return args, games
 
 
-FOREIGN = {  # what flags of the reference and of CleanRL are called here
-    **{f"use-{flag}": f"impala_procgen_{name}.py" for flag, name in
-       {"sr": "srwm", "lstm": "lstm", "delta": "delta", "psr": "fake_sr", "smfwp": "sr_delta"}.items()},
-    **{f"test-{flag}": f"evaluate.py --{flag}" for flag in ("num-levels", "start-level", "distribution-mode")},
-    "use-no-carry-sr": "--no-carry-state", "dim-head": "--hidden-size / --num-head", "xpid": "--exp-name",
-    "savedir": "nothing: runs go to runs/", "use-wandb": "--track", "project-name": "--wandb-project-name",
-    "write-profiler-trace": "--profile", "mode": "evaluate.py",
-    **dict.fromkeys(("single-gpu", "pipes-basename", "num-learner-threads", "num-inference-threads", "num-actions",
-                     "disable-validation"), "nothing: not needed"),
-    "env-id": "--env", "total-timesteps": "--total-steps", "num-steps": "--unroll-length", "gamma": "--discounting",
-    "ent-coef": "--entropy-cost", "vf-coef": "--baseline-cost", "max-grad-norm": "--grad-norm-clipping",
-    "torch-deterministic": "--deterministic", "capture-video": "evaluate.py --video",
-    **dict.fromkeys(("anneal-lr", "no-anneal-lr"), "nothing: the learning rate always falls"),
-}
-
-
 def command_line(default):
-    """Parses the command line; the box that tyro would print an error in becomes the one line of a ValueError."""
-    words = sys.argv[1:]
-    for i, word in enumerate(words):
-        name = word.split("=")[0].lstrip("-").replace("_", "-")
-        if word.startswith("--") and name in FOREIGN:
-            raise ValueError(f"{word.split('=')[0]} is {FOREIGN[name]} here")
-        if game := re.fullmatch(r"(?:--env=)?(?:procgen:)?procgen-(\w+)-v0", word):
-            raise ValueError(f"--env {game[0].removeprefix('--env=')} is --env {game[1]} here")
-        number = re.fullmatch(r"(--total[-_]steps=)?([\d.]+[eE]\d+)", word)
-        if number and (number[1] or i and words[i - 1].replace("_", "-") == "--total-steps"):
-            words[i] = f"{number[1] or ''}{float(number[2]):.0f}"
-    groups = dict(run=RunArgs, environment=EnvironmentArgs, learning=LearningArgs, model=ModelArgs)
-    defaults = [group(**{field.name: getattr(default, field.name) for field in fields(group)})
-                for group in groups.values()]
-    grouped = make_dataclass("Grouped", groups.items())
-    if {"-h", "--help"} & set(words):
-        for part in __doc__.rstrip().split("\n\n"):  # what is indented stays as it is
-            print(part if part.startswith(" ") else textwrap.fill(part, shutil.get_terminal_size().columns), end="\n\n")
-    with contextlib.redirect_stderr(io.StringIO()) as box:
-        try:
-            parsed = tyro.cli(grouped, default=grouped(*defaults), args=words, config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit as end:
-            if end.code:
-                lines = [line.strip("│| ") for line in box.getvalue().splitlines()[1:-1]]  # no title, no last rule
-                text = " ".join(" ".join(line for line in lines if line.strip("─-")).split())
-                raise ValueError(text.replace(" .", ".")) from None
-            raise
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    return tyro.cli(Args, default=default, description=__doc__)
 
 
 def parse_args(launch):
@@ -711,7 +696,7 @@ def parse_args(launch):
         checkpoint = load_checkpoint(given.init_from, None)
         saved = saved_args(checkpoint)
         given = command_line(Args(**{field.name: getattr(saved, field.name) for field in fields(ModelArgs)}))
-        before = [checkpoint["args"], *checkpoint.get("before", ())]  # what the weights have learned from
+        before = [checkpoint["history"], *checkpoint["before"]]  # what the weights have learned from
         checkpoint = dict(model=checkpoint["model"], before=before)
     given.resume = path = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
     if path is not None:
@@ -772,25 +757,40 @@ class Run:
     """What a run carries and saves, and what it leaves in its folder."""
 
     def __init__(self, launch, given, checkpoint):
-        self.launch, self.given, (self.args, games) = launch, given, resolve_args(given)
+        self.launch, (self.args, games) = launch, resolve_args(given)
         make_envs(self.args, games, len(games), self.args.seed)  # fail early if procgen cannot start
-        self.step, self.before = checkpoint.get("step", 0), list(checkpoint.get("before", ()))
+        self.step, self.before = checkpoint.get("step", 0), checkpoint.get("before", [])
+        # What trained from which step on: a part for the beginning, and one for each resume.
+        part = dict(step=self.step, args=to_plain(replace(given, resume=None)),
+                    sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), srwm_cuda=srwm_cuda.SHA256,
+                    processes=NUM_PROCESSES)
+        self.history = [*checkpoint.get("history", ()), part]
+        old, new = (part["args"]["total_steps"] for part in self.history[-2:]) if self.step else (1, 1)
+        if old != new and RANK == 0:
+            say(f"with --total-steps {new:,.0f} instead of {old:,.0f}, the learning rate goes on at "
+                f"{1 - self.step / new:.0%} of its start, not at {max(0, 1 - self.step / old):.0%}")
         # A resumed run plays on, not again; each process has its range.
         self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16
+        self.parts = contextlib.ExitStack()  # to close in the end
         self.engine = Engine(self.args, games, self.seed)
+        self.parts.callback(self.engine.close)
         if self.args.valid_num_levels and RANK == 0:
             self.valid_engine = Engine(validation_args(self.args, games), games, self.engine.next_seed)
+            self.parts.callback(self.valid_engine.close)
         self.agent = make_agent(self.args, checkpoint)  # after the engine's processes, which know no GPU
         self.optimizer_state, self.episodes = checkpoint.get("optimizer"), Episodes(games, checkpoint.get("episodes"))
+        valid = ("valid_num_levels", "valid_start_level", "valid_distribution_mode")
+        same = all(checkpoint.get("args", {}).get(name) == getattr(given, name) for name in valid)
+        self.valid_episodes = Episodes(games, checkpoint.get("valid_episodes") if same else None)
         self.updates = self.skipped = self.skipped_in_a_row = 0  # the last two: of updates that are not finite
-        self.validation = self.profiler = None
-        self.parts = contextlib.ExitStack()  # to close in the end
+        self.validation = None
         self.folder = make_folder(self.args)
         if RANK == 0:
             parameters = sum(parameter.numel() for parameter in self.agent.parameters())
             device = torch.cuda.get_device_name() if self.args.cuda else "the CPU"
             say(f"{self.folder}: {', '.join(games)} ({self.args.distribution_mode}), {self.args.num_actors} actors x "
-                f"{self.args.num_envs} environments, {parameters:,} parameters on {device}, processes: {NUM_PROCESSES}")
+                f"{self.args.num_envs} environments, {parameters:,} parameters on {device}, the CNN: "
+                f"{cnn_runs_in(self.agent, self.args)}, processes: {NUM_PROCESSES}")
 
     def open(self, pool, stop):
         """Begins the log and the validation, and connects the processes."""
@@ -798,13 +798,10 @@ class Run:
         if RANK == 0:
             self.logger = self.parts.enter_context(contextlib.closing(Logger(self)))
             if self.args.valid_num_levels:
-                validation = Validation(self.args, weights, self.valid_engine, self.seed + self.args.num_actors, stop)
+                validation = Validation(self.args, self.valid_episodes, weights, self.valid_engine,
+                                        self.seed + self.args.num_actors, stop)
                 self.validation = self.parts.enter_context(contextlib.closing(validation))
                 self.validation.start()
-            if self.args.profile:
-                self.profiler = self.parts.enter_context(torch.profiler.profile(
-                    schedule=torch.profiler.schedule(wait=20, warmup=5, active=10, repeat=1),
-                    on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder), use_gzip=True)))
             self.best, self.lost_best = -math.inf, False  # of the validation; whether best.pt could not be written
             with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
                 self.best = load_checkpoint(self.folder / "best.pt", SCRIPT)["best"]
@@ -829,8 +826,6 @@ class Run:
         self.updates += 1
         if RANK > 0:
             return
-        if self.profiler:
-            self.profiler.step()
         if finite:
             self.logger.sums.update(statistics | dict(updates=1))
         if self.validation:
@@ -870,10 +865,10 @@ class Run:
     def save(self, name, best=-math.inf):
         """Writes to a temporary file first, so that there is always a whole one. Returns whether it was written."""
         path = self.folder / name
-        checkpoint = dict(script=SCRIPT, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
-                          args=to_plain(self.given), before=self.before, step=self.step, best=best,
+        checkpoint = dict(script=SCRIPT, args=self.history[-1]["args"], history=self.history,
+                          before=self.before, step=self.step, best=best,
                           model=self.agent.state_dict(), optimizer=self.learner.optimizer.state_dict(),
-                          episodes=self.episodes.saved())
+                          episodes=self.episodes.saved(), valid_episodes=self.valid_episodes.saved())
         try:
             with open(path.with_suffix(".tmp"), "wb") as file:
                 torch.save(checkpoint, file)
@@ -930,8 +925,8 @@ class Episodes:
 class Validation(ActorPool):
     """An actor that plays held-out levels with the newest weights. Nothing is learned from it."""
 
-    def __init__(self, args, weights, engine, seed, stop):
-        super().__init__(engine.args, Episodes(engine.games), weights, engine, seed, stop, num_unrolls=1)
+    def __init__(self, args, episodes, weights, engine, seed, stop):
+        super().__init__(engine.args, episodes, weights, engine, seed, stop, num_unrolls=1)
         self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # in updates: 3 % of all steps
 
     def after_update(self, number):
@@ -956,6 +951,10 @@ def load_checkpoint(path, script):
         raise ValueError(f"{path} is not a checkpoint of this project")
     if script not in (None, checkpoint["script"]):
         raise ValueError(f"{path} belongs to {checkpoint['script']}, not to {script}")
+    if "history" not in checkpoint:  # of an older version, which kept only the newest part
+        part = dict(step=0, args=checkpoint["args"], sha256=checkpoint.get("sha256", ""))
+        before = [[dict(step=0, args=args)] for args in checkpoint.get("before", ())]
+        checkpoint |= dict(history=[part], before=before)
     return checkpoint
 
 
@@ -988,16 +987,26 @@ def make_agent(args, checkpoint):
     return agent
 
 
+def cnn_runs_in(agent, args):
+    """What computes the CNN, in words."""
+    if isinstance(getattr(agent, "encoder", None), Encoder) and agent.encoder.fused():
+        return "kernels"
+    return "PyTorch, since Encoder was changed" if args.cuda and args.bf16 else "PyTorch"
+
+
 def prepare_optimizer(optimizer, saved):
     """Lets the optimizer make its averages, by a step at learning rate zero: a CUDA graph cannot make them. They become
     the saved ones, or else zeros. Hyperparameters come from the arguments."""
-    (group,) = optimizer.param_groups
-    for parameter in group["params"]:
+    groups = optimizer.param_groups
+    parameters, rates = [x for group in groups for x in group["params"]], [group["lr"] for group in groups]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    learning_rate, group["lr"] = group["lr"], 0 * group["lr"]
+    for group in groups:
+        group["lr"] = 0 * group["lr"]
     optimizer.step()
-    group["lr"] = learning_rate
-    for index, parameter in enumerate(group["params"]):
+    for group, rate in zip(groups, rates):
+        group["lr"] = rate
+    for index, parameter in enumerate(parameters):
         before = saved["state"].get(index, {}) if saved else {}
         for name, average in optimizer.state[parameter].items():
             average.copy_(before.get(name, torch.zeros_like(average)))
@@ -1043,26 +1052,46 @@ def mean_scalars(pool):
     return scalars
 
 
+def cut_log(folder, step):
+    """Cuts TensorBoard's files off after a checkpoint's step: what followed was lost. Returns the
+    step of the last entry that is left, or the step after the checkpoint, and its events."""
+    last = {}  # event of each tag
+    for path in sorted(folder.glob("*tfevents*")):
+        size = 0
+        for record in RawEventFileLoader(str(path)).Load():  # ends before one that was cut in half
+            event = Event.FromString(record)
+            if event.step > step:
+                os.truncate(path, size)
+                break
+            size += len(record) + 16  # in the file: with its length and two checksums
+            last |= {value.tag: event for value in event.summary.value}
+    newest = max([event.step for event in last.values()], default=step + 1)
+    return newest, [event for event in last.values() if event.step == newest]
+
+
 class Logger:
     """Prints the status line; writes scalars to TensorBoard and, with --track, to Weights & Biases."""
 
     def __init__(self, run):
         self.wandb = None
-        self.tracked = run.folder / "wandb_steps.txt"  # steps of its entries, which cannot be taken back
-        steps = self.tracked.read_text().split() if self.tracked.is_file() else []  # of a full disk, without an entry
-        self.tracked_step = int(steps[-1]) if steps else -1
         if run.args.track:
-            import wandb
             name = run.folder.resolve().name
-            os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # seconds that SIGKILL may cost
             try:
+                import wandb
                 self.wandb = wandb.init(project=run.args.wandb_project_name, entity=run.args.wandb_entity, name=name,
                                         id=name, resume="allow", config=to_plain(run.args), allow_val_change=True)
             except Exception as error:  # no network, no account: no reason to stop
                 say(f"training goes on without Weights & Biases: {str(error).splitlines()[0]}")
-        self.writer = SummaryWriter(run.folder, purge_step=run.step + 1)  # drops what lies past the checkpoint
-        if run.step == 0:
-            self.writer.add_text("arguments", "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items()))
+        self.writer = None
+        try:
+            step, entry = cut_log(run.folder, run.step)
+            self.writer = SummaryWriter(run.folder, purge_step=step)  # makes open readers forget
+            for event in entry:  # also TensorBoard's default server, which ignores purge_step
+                self.writer.file_writer.add_event(event, walltime=event.wall_time)
+            text = "".join(f"- {name}: {value}\n" for name, value in vars(run.args).items())
+            self.writer.add_text("arguments", text, run.step)  # after a resume, the new ones
+        except OSError as error:
+            self.fail(error)
         self.time, self.step, self.sums = time.monotonic(), run.step, Counter()  # sums over updates since then
 
     def write(self, run):
@@ -1082,24 +1111,25 @@ class Logger:
         if mean_name in valid:
             scalars["generalization_gap"] = scalars[mean_name] - valid[mean_name]
         try:
+            self.writer = self.writer or SummaryWriter(run.folder)
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, run.step)
             self.writer.flush()
-            if self.wandb and run.step > self.tracked_step:
-                with open(self.tracked, "a") as file:
-                    file.write(f"{run.step}\n")
-                self.track(scalars, run.step)
-        except OSError as error:  # TensorBoard's writer does not go on after an error
-            say(f"the log could not be written, training goes on: {error}")
-            with contextlib.suppress(OSError):
-                self.writer = SummaryWriter(run.folder)
+        except OSError as error:
+            self.fail(error)
+        if self.wandb:
+            self.track(scalars, run.step)
         total, kind = run.args.total_steps, (mean_name or "").split("/")[0].replace("_", " ")
         left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
         returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
         returns += f", validation {valid[valid_name]:.3f}" if valid_name else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
-        say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}", passing=True)
+        say(f"step {run.step:,} of {total:,.0f} | {sps:,.0f} steps/s | {left} left | {returns}")
         return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
+
+    def fail(self, error):
+        say(f"the log could not be written, training goes on: {error}")
+        self.writer = None  # it would not go on after an error: the next entry opens another
 
     def track(self, scalars, step):
         try:
@@ -1109,76 +1139,23 @@ class Logger:
             self.wandb = None
 
     def close(self):
-        if terminal["passing"]:
-            say("")  # an error has a line of its own
-        with contextlib.suppress(OSError):
-            self.writer.close()
+        if self.writer:
+            with contextlib.suppress(OSError):
+                self.writer.close()
         if self.wandb:
             with contextlib.suppress(Exception):
                 self.wandb.finish()
 
 
-def say(text, file=None, passing=False):
-    """Prints a line; on a terminal, the next one replaces it if it is passing. A line that cannot be printed (a broken
-    pipe, a full disk, a print that a signal interrupted) is dropped."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        passing, width = passing and sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
-        line = "\r" + text[:width].ljust(width) if passing else "\n" * terminal["passing"] + text
-        print(line, end="" if passing else "\n", file=file, flush=True)
-        terminal["passing"] = passing
+def say(text, file=None):
+    """Prints a line; if it cannot be printed (a broken pipe, a full disk), training goes on."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # the second: a signal interrupted a print
+        print(text, file=file, flush=True)
 
 
-if sys.version_info < (3, 13):
-    import gym_notices.notices
-
-    gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
-    from procgen import ProcgenGym3Env
-else:  # for which there is no procgen, but its engine, unchanged, in another package
-    import procgen_gym
-
-    class ProcgenGym3Env(procgen_gym.libenv.CLibenv):  # what is needed here of procgen's class of this name
-        def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
-            data = Path(procgen_gym.__file__).parent / "data"
-            options = dict(center_agent=True, use_backgrounds=True) | options | dict(
-                env_name=env_name, distribution_mode=procgen_gym.env.DISTRIBUTION_MODE_DICT[distribution_mode],
-                render_human=render_mode is not None, num_actions=NUM_ACTIONS, resource_root=f"{data / 'assets'}/")
-            super().__init__(str(data / "prebuilt"), num, options)
-
-        def observe(self):
-            self.call_c_func("libenv_observe")
-            return self.get_reward_buf(), self.get_ob_bufs(), self.get_first_buf().view(bool)
-
-        def get_info(self):
-            self.observe()
-            return [{name: values[n] for name, values in self.get_info_bufs().items()} for n in range(self.num)]
-
-        def get_state(self):
-            state = ctypes.create_string_buffer(2**20)
-            return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
-
-
-def num_cores(root="/"):
-    """Cores for this process: those that it may run on, or as much of their time as its container may use; of these,
-    its share, where torchrun started several on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    groups = Path(root, "proc/self/cgroup")  # lines such as 0::/a/b, in version 1 4:cpu,cpuacct:/a/b
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, group = line.split(":", 2)
-        folder = Path(root, "sys/fs/cgroup", controllers, group.lstrip("/"))
-        files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
-        for above in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit here
-                quota, period = map(int, " ".join((above / file).read_text() for file in files).split())
-                cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
-    return max(1, cores // NUM_PROCESSES_HERE)
-
-
-def keep_freed_memory():
-    """Lets glibc keep what is freed: to map a large tensor's memory anew costs a CPU a sixth of its speed."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that there is
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+def num_cores():
+    """Cores for this process: of those that it may use, its share, where torchrun started several on this machine."""
+    return max(1, processes.num_cores() // NUM_PROCESSES_HERE)
 
 
 def record_event():
@@ -1228,12 +1205,16 @@ def row_views(row, sizes, tensors):
 @torch.no_grad()
 def reset_diverged(agent, state):
     """Zeroes the state, whose parts are (B, ...), of environments in which it is not finite or reaches
-    agent.state_bound, if there is one. Returns their number, a tensor: nobody waits for it."""
-    bound = getattr(agent, "state_bound", math.inf)
-    diverged = [~(part.abs().flatten(1).amax(1) < bound) for part in state]  # (B,) each; nan is not less either
+    agent.state_bound, if there is one: a number, or a tuple of one for each part (math.inf: none).
+    Returns their number, a tensor: nobody waits for it."""
+    bounds = getattr(agent, "state_bound", math.inf)
+    bounds = bounds if isinstance(bounds, tuple) else [bounds] * len(state)
+    diverged = [~(part.abs().reshape(len(part), -1).amax(1) < bound)  # (B,) each; nan is not less either
+                for part, bound in zip(state, bounds) if part.is_floating_point()]
     diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
     for part in state:
-        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+        if len(diverged):
+            part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
     return diverged.sum()
 
 
@@ -1242,6 +1223,11 @@ class Launch:
 
     def __init__(self):
         self.store, of_torchrun = dist.HashStore(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        for name in (*NUMBERS, "MASTER_ADDR", "MASTER_PORT") if os.environ.keys() & NUMBERS else ():
+            value = os.environ.get(name, "")
+            if not value or name != "MASTER_ADDR" and not value.isdecimal():
+                raise ValueError(f"{name} is '{value}' in the environment, where torchrun sets it beside others: start "
+                                 f"with torchrun, or with none of {', '.join(NUMBERS)}")
         if NUM_PROCESSES > 1 or of_torchrun:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)
@@ -1272,7 +1258,7 @@ class Launch:
         """Connects the processes, whose gradients are averaged."""
         store = dist.PrefixStore(self.attempt, self.store)
         dist.init_process_group("nccl" if args.cuda else "gloo", store=store, rank=RANK, world_size=NUM_PROCESSES,
-                                timeout=timedelta(minutes=2))
+                                timeout=timedelta(minutes=30))
         steps = [None] * NUM_PROCESSES
         dist.all_gather_object(steps, step)
         if len(set(steps)) > 1:
@@ -1325,7 +1311,7 @@ class Watch:
     def check(self):
         """Raises ChildProcessError if a process has ended, TimeoutError if one does not answer."""
         for number, pid in enumerate(self.engine.processes):
-            if status := exit_status(pid):
+            if status := processes.exit_status(pid):
                 raise ChildProcessError(f"process {number} of the engine ended {status}")
         now, flags = time.monotonic(), np.concatenate([block.flags.numpy() for block in self.engine.blocks])
         waits, passed = (flags[:, 0] == 1) & (flags[:, 1] == self.steps), min(1, now - self.time)  # 1: after Ctrl-Z
@@ -1343,44 +1329,12 @@ def check_actors(pool):
 
 
 def make_block(B, owners):
-    """Tensors in anonymous memory, which processes that are forked share: nothing is left of it when all have ended."""
-    def zeros(dtype, *shape):
-        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
+    """What an actor of B environments and the processes that play them share."""
+    zeros = processes.shared_zeros
     flags = zeros(torch.int32, len(owners), 16)  # flag, steps, number of the process; a cache line
     flags[:, 0], flags[:, 2] = 1, torch.tensor(owners)
     return SimpleNamespace(obs=zeros(torch.uint8, B, *FRAME_SHAPE), reward=zeros(torch.float32, B),
-                           done=zeros(torch.bool, B), action=zeros(torch.int32, B), flags=flags)
-
-
-def start_process(function, *arguments):
-    """Forks a process that calls the function, and ends when this thread does. Returns its number. What is forked after
-    the first engine has loaded its pictures, 350 MB, shares them. Locks that other threads may hold do not matter."""
-    import gc
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads
-        parent, pid = os.getpid(), os.fork()
-    if pid:
-        return pid
-    try:
-        gc.freeze()  # what the parent has left over stays: to close an engine while another is made can lock up cffi
-        for number in (signal.SIGINT, signal.SIGTERM):  # which terminals and schedulers send to all: the parent ends it
-            signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(OSError):
-            sys.stderr = open(2, "w", closefd=False)  # in a notebook it is something else
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, for a parent that is killed
-        libc.prctl(29, 1000)  # PR_SET_TIMERSLACK, in nanoseconds: a short sleep is short
-        for number in map(int, os.listdir("/proc/self/fd")):
-            with contextlib.suppress(OSError):
-                os.close(number) if number > 2 else None  # the run's lock, sockets
-        torch.set_num_threads(1)
-        if os.getppid() == parent:
-            function(*arguments)
-    except BaseException:
-        sys.__excepthook__(*sys.exc_info())
-    finally:
-        os._exit(1)
+                           done=zeros(torch.bool, B), action=zeros(torch.int64, B), flags=flags)
 
 
 def end_threads(pool):
@@ -1394,39 +1348,17 @@ def end_threads(pool):
         time.sleep(0.01)
 
 
-def end_processes(pids):
-    for pid in pids:
-        if not exit_status(pid):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    pids.clear()
-
-
-def exit_status(pid):
-    """How a process that was forked here ended, in words; None if it runs."""
-    try:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return "status unknown"
-    code = os.waitstatus_to_exitcode(status)
-    return ended and (f"with status {code}" if code >= 0 else f"by {signal.Signals(-code).name}")
-
-
 def main():
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed ones lead nowhere
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="replace")  # what the terminal's character set lacks becomes a question mark
     stop = Stop()
     before = answer_signals([stop.hear, stop.hear])
-    keep_freed_memory()
+    processes.keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # PyTorch knows nothing of a container's share
     try:
         try:
             launch = Launch()
             given, checkpoint = parse_args(launch)
             if given.resume is not None and (step := checkpoint["step"]) >= given.total_steps:
-                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,}: nothing to do")
+                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,.0f}: nothing to do")
             run = Run(launch, given, checkpoint)
         except BrokenPipeError:  # of --help | head
             os._exit(0)

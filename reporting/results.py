@@ -82,7 +82,7 @@ def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
         kept.mkdir(parents=True, exist_ok=True)
         for old in kept.glob("evaluation_*.json"):
             old.unlink()
-        arguments = {name: checkpoint.get(name) for name in ("script", "sha256", "step", "args", "before")}
+        arguments = {name: checkpoint.get(name) for name in ("script", "step", "args", "history", "before")}
         write_json(kept / "arguments.json", dict(command=command_of(next(iter(records.values())))) | arguments)
         for name, record in records.items():
             write_json(kept / name, record)

@@ -6,24 +6,24 @@
 
 CUDA tensors of float32 take the kernels. `srwm_cuda.kernels` compiles them at first use, in seconds, with the compiler that
 comes with PyTorch; if that fails, a warning says why. All other tensors take `srwm_cuda.reference`, which reads like the
-equations.
+equations. To what records a graph, such as torch.compile and torch.export, each function is an operator, torch.ops.srwm_cuda,
+with the kernels behind it; docs/srwm_cuda.md shows it in a model.
 """
 
-import functools
-import warnings
-from typing import NamedTuple
+import hashlib
+import pathlib
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from . import cnn, kernels, reference
+from . import cnn, delta_rule_op, kernels, reference, srwm_op
 from .cnn import is_impala_cnn
 from .flags import Flags, lock_pages
+from .kernels import KERNEL_HEAD_SIZES, MAX_COLUMNS
 
 __all__ = ["Flags", "delta_rule", "impala_cnn", "is_impala_cnn", "lock_pages", "reference", "srwm"]
 
-KERNEL_HEAD_SIZES = (8, 16, 32, 64)
-MAX_COLUMNS, LANES = 512, 4  # as in common.cuh: columns of a matrix, and threads that sum over those of one row together
+_SOURCES = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu", ".cuh"))
+SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart
 
 
 def srwm(x, W, state, done, bptt_length=None):
@@ -57,8 +57,10 @@ def srwm(x, W, state, done, bptt_length=None):
     _check_like("W", W, (H, D, columns), "x", x)
     _check_like("state", state, (B, H, D, columns), "x", x)
     _check_done_and_bptt_length(done, bptt_length, (T, B), "x", x)
-    if _kernels_take(_srwm_launches, "x", x, "W", columns):
-        return _SRWM.apply(x, W, state, done, bptt_length or 0, torch.is_grad_enabled())
+    _check_kernel_sizes("x", x, "W", columns)
+    training = _is_training(x, W, state)
+    if reference.is_tracing() or kernels.take(srwm_op.launches, x, columns, training):
+        return torch.ops.srwm_cuda.srwm(x, W, state, done, bptt_length or 0, training)[:2]
     return reference.srwm(x, W, state, done, bptt_length)
 
 
@@ -94,8 +96,10 @@ def delta_rule(q, k, v, beta, state, done, bptt_length=None):
     _check_like("beta", beta, (T, B, H), "q", q)
     _check_like("state", state, (B, H, D, V), "q", q)
     _check_done_and_bptt_length(done, bptt_length, (T, B), "q", q)
-    if _kernels_take(_delta_rule_launches, "q", q, "v", V):
-        return _DeltaRule.apply(q, k, v, beta, state, done, bptt_length or 0, torch.is_grad_enabled())
+    _check_kernel_sizes("q", q, "v", V)
+    training = _is_training(q, k, v, beta, state)
+    if reference.is_tracing() or kernels.take(delta_rule_op.launches, q, V, training):
+        return torch.ops.srwm_cuda.delta_rule(q, k, v, beta, state, done, bptt_length or 0, training)[:2]
     return reference.delta_rule(q, k, v, beta, state, done, bptt_length)
 
 
@@ -136,135 +140,13 @@ def impala_cnn(frames, *parameters):
         if parameter.device != frames.device:
             raise ValueError(f"parameters[{i}] must be on {frames.device} like frames, got {parameter.device}")
     if frames.is_cuda and parameters[0].dtype == torch.float32 and cnn.kernels_run_on(frames.device):
-        return cnn.ImpalaCNN.apply(frames, torch.is_grad_enabled(), *parameters)
+        return torch.ops.srwm_cuda.impala_cnn(frames, parameters, _is_training(*parameters))[0]
     return reference.impala_cnn(frames, *parameters)
 
 
-# Under no_grad needs_input_grad still says True, and within forward is_grad_enabled() always says False: hence the argument.
-
-class _SRWM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W, state, done, bptt_length, grad_enabled):
-        x, W, state, done = x.contiguous(), W.contiguous(), state.contiguous(), done.contiguous()
-        T, B, H, D = x.shape
-        columns = W.shape[-1]
-        Y = columns - 2 * D - 4
-        y, new_state = x.new_empty(T, B, H, Y), torch.empty_like(state)
-        saved = (None, None, None)  # q, k and beta; (q - k) W; first step of each step's episode
-        if grad_enabled and any(ctx.needs_input_grad):
-            saved = x.new_empty(T, B, H, 2 * D + 4), x.new_empty(T, B, H, columns), done.new_empty(T, B, dtype=torch.int32)
-        _srwm_launches(D, columns)[0](B * H, (T, B, H, Y, columns, 0), x, W, state, done, y, new_state, *saved)
-        ctx.save_for_backward(x, W, state, new_state, *saved)
-        ctx.set_materialize_grads(False)
-        ctx.shape = (T, B, H, Y, columns, bptt_length)
-        return y, new_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_new_state):
-        x, W, state, *saved = ctx.saved_tensors
-        T, B, H, Y, columns, _ = ctx.shape
-        grad_y = x.new_zeros(T, B, H, Y) if grad_y is None else grad_y.contiguous()
-        grad_new_state = None if grad_new_state is None else grad_new_state.contiguous()  # None, as in training: zeros
-        grad_x, grad_W, grad_state = torch.empty_like(x), torch.empty_like(state), torch.empty_like(state)
-        _srwm_launches(x.shape[-1], columns)[1](B * H, ctx.shape, x, W, state, *saved, grad_y, grad_new_state,
-                                                grad_x, grad_W, grad_state)
-        return grad_x, grad_W.sum(0), grad_state, None, None, None  # each environment its own part of grad_W: no atomics
-
-
-class _DeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, beta, state, done, bptt_length, grad_enabled):
-        q, k, v, beta, state, done = (tensor.contiguous() for tensor in (q, k, v, beta, state, done))
-        (T, B, H, D), V = q.shape, v.shape[-1]
-        out, new_state = torch.empty_like(v), torch.empty_like(state)
-        saved = (None, None)  # v - k F; first step of each step's episode
-        if grad_enabled and any(ctx.needs_input_grad):
-            saved = torch.empty_like(v), torch.empty_like(done, dtype=torch.int32)
-        _delta_rule_launches(D, V)[0](B * H, (T, B, H, V, 0), q, k, v, beta, state, done, out, new_state, *saved)
-        ctx.save_for_backward(q, k, beta, state, *saved)
-        ctx.shape = (T, B, H, V, bptt_length)
-        return out, new_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_new_state):
-        q, k, beta, state, error, episode = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in (q, k, error, beta, state)]  # v's shape is that of its error
-        _, B, H, V, _ = ctx.shape
-        _delta_rule_launches(q.shape[-1], V)[1](B * H, ctx.shape, q, k, beta, state, error, episode,
-                                                grad_out.contiguous(), grad_new_state.contiguous(), *grads)
-        return *grads, None, None, None
-
-
-class _Launch(NamedTuple):
-    """How a kernel is launched for given sizes. Called with the number of blocks, one for each environment and head, and with
-    the kernel's arguments."""
-
-    source: str
-    kernel: str
-    threads: int
-    shared_bytes: int = 0
-
-    def __call__(self, blocks, *arguments):
-        kernels.launch(self.source, self.kernel, (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, *arguments)
-
-
-@functools.cache
-def _srwm_launches(D, columns):
-    """Forward and backward. PARTS threads share a column's D rows; the fewer threads a block may have, the more registers
-    each of them gets."""
-    parts = 2 if D > 32 else 1
-    forward = _Launch("srwm.cu", f"srwm_forward_kernel<{D}, {parts}>", _round_up(columns * parts, 32))
-    parts, fewer = (4, 2) if D > 32 else (D // 8, (D // 8 + 1) // 2)
-    most = MAX_COLUMNS * fewer
-    variants = [(parts, 800 if D > 16 else 512), (fewer, 768 if D > 32 else most), (fewer, most)]
-    parts, max_threads = next(variant for variant in variants if columns * variant[0] <= variant[1])
-    rows, threads = D // parts, _round_up(columns * parts, 32)
-    floats = 8 * D * _round_up(threads // 32, 4) + 4 * _round_up(D + 2 * columns + 1, 4)  # sums, and four steps' inputs
-    floats += rows * max_threads if rows > 16 else 0  # W
-    return forward, _Launch("srwm.cu", f"srwm_backward_kernel<Variant<{D}, {parts}, {max_threads}>>", threads, 4 * floats)
-
-
-@functools.cache
-def _delta_rule_launches(D, V):
-    """Forward and backward, whose rows in shared memory are padded to an odd multiple of what LANES threads read at once."""
-    forward = _Launch("delta_rule.cu", f"delta_rule_forward_kernel<{D}>", _round_up(max(V, 2 * D), 32))
-    width = 4 * LANES
-    floats = 4 * D + (6 + 2 * D) * (_round_up(V - width, 2 * width) + width)
-    threads = _round_up(max(V, D * LANES + 32), 32)
-    return forward, _Launch("delta_rule.cu", f"delta_rule_backward_kernel<{D}>", threads, 4 * floats)
-
-
-def _round_up(n, multiple):
-    return (n + multiple - 1) // multiple * multiple
-
-
-def _kernels_take(launches, first_name, first, wide_name, columns):
-    """Whether the kernels of these launches run. On CUDA, it is an error if no kernel takes the head size D, the last size of
-    the first argument, or the number of columns, the last size of another."""
-    if not first.is_cuda:
-        return False
-    D = first.shape[-1]
-    if D not in KERNEL_HEAD_SIZES:
-        raise ValueError(f"{first_name}: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {D}")
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"{wide_name}: on CUDA, at most {MAX_COLUMNS} columns, got {columns}")
-    if first.dtype != torch.float32:
-        return False
-    forward, backward = launches(D, columns)
-    if backward.shared_bytes > torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin:
-        _warn_once(f"srwm_cuda: {forward.source} with D = {D} and {columns} columns needs {backward.shared_bytes // 1024} KiB "
-                   "of shared memory, which this GPU lacks: PyTorch's version runs, many times slower")
-        return False
-    architecture = kernels.architecture_of(first.device)
-    needed = (forward, backward) if torch.is_grad_enabled() else (forward,)
-    return all(kernels.can_compile(launch.source, launch.kernel, architecture) for launch in needed)
-
-
-@functools.cache
-def _warn_once(message):
-    warnings.warn(message, stacklevel=3)
+def _is_training(*tensors):
+    """Whether the kernels are to save what the backward pass needs."""
+    return tensors[0].is_cuda and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _shape(name, tensor, layout):
@@ -291,6 +173,14 @@ def _check_done_and_bptt_length(done, bptt_length, shape, first_name, first):
         raise ValueError(f"done must be on {first.device} like {first_name}, got {done.device}")
     if bptt_length is not None and bptt_length < 1:
         raise ValueError(f"bptt_length must be None or at least 1, got {bptt_length}")
+
+
+def _check_kernel_sizes(first_name, first, wide_name, columns):
+    D = first.shape[-1]
+    if first.is_cuda and D not in KERNEL_HEAD_SIZES:
+        raise ValueError(f"{first_name}: on CUDA, the head size D must be one of {KERNEL_HEAD_SIZES}, got {D}")
+    if first.is_cuda and columns > MAX_COLUMNS:
+        raise ValueError(f"{wide_name}: on CUDA, at most {MAX_COLUMNS} columns, got {columns}")
 
 
 def _got(argument):

@@ -13,17 +13,65 @@ import glob
 import hashlib
 import os
 import pathlib
+import re
 import sys
-import tempfile
 import threading
 import types
 import warnings
+from typing import NamedTuple
 
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
 HEADER = "common.cuh"  # the only file that the .cu files may include
 _loading = threading.RLock()  # actor threads may be the first users
+
+
+def constant(source, name):
+    """A number that a .cu file or the header defines, and explains."""
+    return int(re.search(rf"\b{name} = (\d+)", (FOLDER / source).read_text())[1])
+
+
+KERNEL_HEAD_SIZES = (8, 16, 32, 64)
+MAX_COLUMNS, LANES = constant(HEADER, "MAX_COLUMNS"), constant(HEADER, "LANES")
+
+
+def round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched for given sizes. Called with the number of blocks, one for each environment and head,
+    and with the kernel's arguments."""
+
+    source: str
+    kernel: str
+    threads: int
+    shared_bytes: int = 0
+
+    def __call__(self, blocks, *arguments):
+        launch(self.source, self.kernel, (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, *arguments)
+
+
+def take(launches, first, columns, training):
+    """Whether the forward and, in training, the backward kernel that `launches` gives for a head size, the last of the
+    tensor `first`, and for a number of columns can run on it. A warning says what is missing."""
+    if not first.is_cuda or first.dtype != torch.float32:
+        return False
+    most = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
+    for each in launches(first.shape[-1], columns)[: 1 + training]:
+        if each.shared_bytes > most:
+            _warn_once(f"srwm_cuda: {each.kernel} needs {each.shared_bytes // 1024} KiB of shared memory, which this "
+                       "GPU lacks: PyTorch's version runs, many times slower")
+            return False
+        if not can_compile(each.source, each.kernel, architecture_of(first.device), first.device):
+            return False
+    return True
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, stacklevel=4)
 
 
 def launch(source, kernel, grid, block, shared_bytes, *arguments):
@@ -55,14 +103,18 @@ def launch(source, kernel, grid, block, shared_bytes, *arguments):
 
 
 @functools.cache
-def can_compile(source, kernel, architecture):
-    """Whether the kernel compiles for GPUs of that architecture, such as 90 for compute capability 9.0; warns if not."""
+def can_compile(source, kernel, architecture, device=None):
+    """Whether the kernel compiles for GPUs of that architecture, such as 90 for compute capability 9.0, and the device's
+    driver, if one is given, loads it; warns if not."""
     with _loading:
         try:
             compiled(source, kernel, architecture)
+            if device is not None:
+                make_current(device)
+                _load(source, kernel, device)
         except (OSError, RuntimeError) as error:
-            warnings.warn("srwm_cuda: the kernels cannot be compiled, so that PyTorch's version of them runs, many times "
-                          f"slower: {error}", stacklevel=3)
+            warnings.warn("srwm_cuda: the kernels cannot be compiled or loaded, so that PyTorch's version of them runs, many "
+                          f"times slower: {error}", stacklevel=3)
             return False
         return True
 
@@ -88,11 +140,14 @@ def compiled(source, kernel, architecture):
     _announce()
     name, cubin = _compile(source, texts, kernel, options)
     code = name + b"\0" + cubin
-    with contextlib.suppress(OSError):  # a disk that is full or cannot be written to: the next start compiles again
+    part = file.with_suffix(f".{os.getpid()}")  # of other processes, each writes its own
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as written:
-            written.write(hashlib.sha256(code).digest() + code)
-        os.replace(written.name, file)
+        part.write_bytes(hashlib.sha256(code).digest() + code)
+        part.replace(file)
+    except OSError:  # a disk that is full or cannot be written to: the next start compiles again
+        with contextlib.suppress(OSError):
+            part.unlink()
     return name, cubin
 
 

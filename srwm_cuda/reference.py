@@ -4,10 +4,25 @@ This is what CPU runs use, and what the CUDA kernels are tested against. Any flo
 gradients. The arguments are those of the functions in `srwm_cuda`, which check them and are what models should call.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 
+def _without_autocast(function):
+    """The function in its arguments' dtype, wherever it is called, as the kernels are."""
+    @functools.wraps(function)
+    def run(first, *arguments):
+        if not torch.is_autocast_enabled(first.device.type):  # as a rule: the next line takes microseconds
+            return function(first, *arguments)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments)
+
+    return run
+
+
+@_without_autocast
 def srwm(x, W, state, done, bptt_length=None):
     """The self-referential weight matrix of Irie et al. 2022 (arXiv 2202.05780), equations 5 to 8; see `srwm_cuda.srwm`."""
     D, columns = W.shape[-2:]
@@ -28,6 +43,7 @@ def srwm(x, W, state, done, bptt_length=None):
     return torch.stack(ys), W_t - W
 
 
+@_without_autocast
 def delta_rule(q, k, v, beta, state, done, bptt_length=None):
     """The delta rule of Schlag, Irie and Schmidhuber 2021 (arXiv 2102.11174); see `srwm_cuda.delta_rule`."""
     outs = []
@@ -54,6 +70,21 @@ def impala_cnn(frames, *parameters):
     return x.flatten(1)
 
 
+def gradients(function, tensors, done, bptt_length, grad_outputs):
+    """Of `srwm` or `delta_rule`, computed anew, with respect to all tensors; a gradient of an output may be None."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad():
+        outputs = function(*leaves, done, bptt_length)
+    outputs, grad_outputs = zip(*[pair for pair in zip(outputs, grad_outputs) if pair[1] is not None])
+    grads = torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True, materialize_grads=True)
+    return tuple(grad.clone(memory_format=torch.contiguous_format) for grad in grads)
+
+
+def is_tracing():
+    """Whether PyTorch records a graph, whose later inputs are not known yet."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _may_begin_episodes(done):
     """Whether there may be something to reset. A GPU is not asked: one would have to wait for it, and a graph cannot."""
-    return done.is_cuda or done.any()
+    return done.is_cuda or is_tracing() or done.any()

@@ -11,6 +11,7 @@
 #include "common.cuh"
 
 constexpr int AHEAD = 4;  // steps for which there is room in shared memory: the one at hand, and those on their way there
+constexpr int ROWS_IN_REGISTERS = 16;  // of a thread of the backward kernel, at most: if it has more, W is in shared memory
 
 struct Shape {
   int T, B, H, Y, C;
@@ -164,11 +165,11 @@ struct Rows<false, ROWS, STRIDE> {
 };
 
 // How the backward kernel is compiled for some number of columns; the fewer threads at most, the more registers each. Which
-// variant, and how much shared memory its blocks need, srwm_cuda/__init__.py says.
+// variant, and how much shared memory its blocks need, srwm_op.py says.
 template <int D_, int PARTS_, int THREADS_>
 struct Variant {
   static constexpr int D = D_, PARTS = PARTS_, THREADS = THREADS_, ROWS = D / PARTS;
-  static constexpr bool W_IN_SHARED = ROWS > 16;
+  static constexpr bool W_IN_SHARED = ROWS > ROWS_IN_REGISTERS;
   // Short of registers: what a step reads more than once is read anew, and sums are taken group by group.
   static constexpr bool LEAN = ROWS * THREADS >= 16384;
 };
@@ -182,7 +183,17 @@ struct Variant {
 //
 //     dq = W dd      dk = G change - W dd      dbeta = d dchange, within a group      dx = W dlogits
 //
-// each warp over its own, in shuffles; the threads that need a sum add up the warps'. The sum that softmax's derivative
+// each warp over its own, in shuffles; the threads that need a sum add up the warps'. What a warp leaves in `sums`, for
+// D = 16 with PARTS = 2, so that a thread has 8 rows and HALF is 4 of them:
+//
+//                      dq               dk              dbeta             dx
+//     part 0, lower  | 0  1  2  3     | 0  1  2  3    | y  q  k  beta   | 0  1  2  3     |   rows of W, or
+//             upper  | 4  5  6  7     | 4  5  6  7    | y  q  k  beta   | 4  5  6  7     |   groups of columns
+//     part 1, lower  | 8  9 10 11     | 8  9 10 11    | unused          | 8  9 10 11     |
+//             upper  | 12 13 14 15    | 12 13 14 15   | unused          | 12 13 14 15    |
+//
+// The lower and the upper half of a part's lanes share its rows out between them, each over the columns of both; but of
+// dbeta each half has the sums over its own columns, and who needs one adds the two. The sum that softmax's derivative
 // takes off, dlogit = q (dq - sum(q dq)), is the same with the columns of W less q W; so too for k. dx is needed by no other
 // step: it is summed along with the next step's, so that there is one barrier in a step.
 //

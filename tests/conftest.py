@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ gc.freeze()  # modules are no garbage, and need not be looked through at each co
 torch.set_num_threads(1)  # batches are small here: a second thread waits more than it computes
 
 SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
+FRUITBOT = ("--env", "fruitbot")  # of whose levels an episode takes about a hundred steps
 
 
 def pytest_collection_modifyitems(items):
@@ -121,6 +123,22 @@ def few_slots(monkeypatch):
 @pytest.fixture
 def score(command, few_slots):
     return lambda *words: command(evaluate, *words, "--no-cuda")
+
+
+@pytest.fixture
+def own_copy(monkeypatch, tmp_path):
+    """Writes my_ablation.py, the SRWM script with one or more changes, beside which evaluate.py is looked for. Imports it."""
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+
+    def write(*changes):
+        text = Path(impala_procgen_srwm.__file__).read_text()
+        for old, new in zip(changes[::2], changes[1::2]):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (tmp_path / "my_ablation.py").write_text(text)
+        return evaluate.import_script("my_ablation.py")
+
+    return write
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def test_an_unroll_of_2t_equals_two_unrolls_of_t(name):
 @pytest.mark.parametrize("name", RECURRENT)
 def test_the_state_matters_until_an_episode_ends(name):
     agent, (obs, reward, done) = make_agent(name), time_steps(4, 2, dones=0.0)
+    reward[0] = 0  # as an episode begins
     used = agent(obs, reward, done, agent.initial_state(2))[2]
     fresh = agent(obs, reward, done, agent.initial_state(2))[0]
     assert not torch.allclose(agent(obs, reward, done, used)[0], fresh)
@@ -202,7 +203,7 @@ def test_the_fake_sr_layer_follows_its_equations():
 @torch.no_grad()
 def test_the_lstm_is_pytorch_s_lstm_restarted_where_an_episode_ends():
     agent, (obs, reward, done) = make_agent("lstm"), time_steps(6, 2, dones=0.0)
-    done[3, 1] = True
+    done[3, 1], reward[3, 1] = True, 0
     lstm = torch.nn.LSTM(257, 256)
     for name, layer in (("ih", agent.input), ("hh", agent.recurrent)):
         getattr(lstm, f"weight_{name}_l0").copy_(layer.weight)

@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import impala_procgen_srwm as script
+from srwm_cuda import engine, processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("words, expected", [
     ("--env pong", "--env must be one of bigfish,"),
     ("--env bigfish --distribution-mode memory", "--env must be one of dodgeball,"),
-    ("--distribution-mode exploration", "'--distribution-mode'. Expected one of ('easy', 'hard', 'extreme', 'memory')"),
     ("--env maze --distribution-mode extreme", "--env must be one of leaper,"),
     ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
     ("--multi-env 17", "--multi-env must be at most 16"),
@@ -46,14 +46,11 @@ ROOT = Path(__file__).parent.parent
     ("--discounting 1.01", "--discounting must be at least 0 and at most 1, got 1.01"),
     ("--epsilon 0", "--epsilon must be positive"),
     ("--grad-norm-clipping 0", "--grad-norm-clipping must be positive"),
-    ("--reward-clipping sometimes", "'--reward-clipping'. Expected one of ('abs_one', 'normalize', 'none')"),
     ("--valid-num-levels 10 --valid-start-level 195", "--valid-start-level must begin levels that are not trained on, got 195"),
     ("--valid-num-levels 10 --num-levels 0", "--valid-start-level must begin levels that are not trained on"),
     ("--exp-name a/b", "--exp-name must be a folder's name"),
     ("--exp-name \xff\x1b", "--exp-name must be a folder's name"),
     (f"--exp-name {300 * 'a'}", "--exp-name must be a folder's name"),
-    ("--seed one", "--seed"),
-    ("--learning-rat 1", "--learning-rat"),
     ("--resume nowhere", "nowhere/checkpoint.pt: no such file"),
 ])
 def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
@@ -61,31 +58,16 @@ def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def other_flags():
-    """Of the tables in docs/: flags that are not ours, with what stands for them here."""
-    text = (ROOT / "docs/from-other-flags.md").read_text()
-    ours = {field.name for field in fields(script.Args)}
-    for left, right in re.findall(r"^\| (.*) \| (.*) \|$", text, re.MULTILINE):
-        for name in re.findall(r"`--([\w-]+)", left):
-            if name.replace("-", "_") not in ours:
-                yield name, right
-
-
-@pytest.mark.parametrize("name, right", list(other_flags()))
-def test_flags_of_others_are_answered_with_ours(name, right, command, refused):
-    error = refused(lambda: command(script, f"--{name}", 3), f"error: --{name} is ")
-    answer = error.split(" is ")[1].split(" here")[0]
-    words = re.findall(r"[a-z_]+\.py|--[a-z-]+|nothing", answer)
-    assert words and all(word in right or word[15:-3] in right for word in words), (answer, right)
-
-
-def test_a_gym_name_is_answered_with_its_game(command, refused):
-    refused(lambda: command(script, "--env", "procgen:procgen-maze-v0"), "--env procgen:procgen-maze-v0 is --env maze here")
-
-
-def test_what_nobody_knows_is_refused_once(command, refused):
-    error = refused(lambda: command(script, "--learning-rat", 3), "--learning-rat, 3")
-    assert error.count("Unrecognized options") == 1 and "─" not in error
+@pytest.mark.parametrize("words, expected", [
+    ("--distribution-mode exploration", "'easy', 'hard', 'extreme', 'memory'"),
+    ("--reward-clipping sometimes", "'abs_one', 'normalize', 'none'"),
+    ("--seed one", "--seed"), ("--learning-rat 1", "--learning-rate"), ("--gamma 0.9", "--gamma"),
+])
+def test_what_cannot_be_parsed_is_refused_by_tyro_which_names_what_is_allowed(words, expected, command, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        command(script, "--no-cuda", *words.split())
+    assert end.value.code == 2 and expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", ["--total-steps 6e1", "--total-steps=6e1", "--total_steps=6E1"])
@@ -93,18 +75,32 @@ def test_steps_may_be_written_as_1e6(words, train):
     assert torch.load(train(*words.split()) / "checkpoint.pt")["args"]["total_steps"] == 60
 
 
-def test_a_run_goes_on_beyond_two_to_the_31_steps(train, command):
-    run = train("--total-steps", 20)
-    torch.save(torch.load(run / "checkpoint.pt") | {"step": 3 * 10**9}, run / "checkpoint.pt")
-    command(script, "--resume", run, "--total-steps", 3 * 10**9 + 20)
-    assert torch.load(run / "checkpoint.pt")["step"] == 3 * 10**9 + 20
+def test_a_run_goes_on_beyond_two_to_the_31_steps(trained, command):
+    torch.save(torch.load(trained / "checkpoint.pt") | {"step": 3 * 10**9}, trained / "checkpoint.pt")
+    command(script, "--resume", trained, "--total-steps", 3 * 10**9 + 20)
+    assert torch.load(trained / "checkpoint.pt")["step"] == 3 * 10**9 + 20
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cuda_without_a_gpu_is_refused(command, refused, train):
+def test_cuda_without_a_gpu_is_refused(command, refused, trained):
     refused(lambda: command(script, "--cuda"), "--cuda needs a GPU")
-    train("--total-steps", 20)
     refused(lambda: command(evaluate, "--cuda"), "--cuda needs a GPU")
+
+
+@pytest.mark.parametrize("variables, named", [
+    (dict(RANK="1"), "LOCAL_RANK is ''"), (dict(WORLD_SIZE="2"), "RANK is ''"), (dict(WORLD_SIZE=""), "RANK is ''"),
+    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="two", LOCAL_WORLD_SIZE="1"), "WORLD_SIZE is 'two'"),
+    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1"), "MASTER_ADDR is ''"),
+])
+def test_half_of_torchrun_s_variables_are_refused(variables, named, command, refused, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(lambda: command(script, "--no-cuda"), f"error: {named} in the environment, where torchrun sets it")
+
+
+def test_an_extra_checkpoint_beyond_the_end_is_refused(command, refused):
+    refused(lambda: command(script, "--no-cuda", "--total-steps", 100, "--save-extra-checkpoint", 101),
+            "--save-extra-checkpoint must be at most --total-steps 100, got 101")
 
 
 V1 = "12:cpuset:/\n4:cpu,cpuacct:/a/b\n0::/\n"
@@ -121,13 +117,13 @@ V1 = "12:cpuset:/\n4:cpu,cpuacct:/a/b\n0::/\n"
     (None, {}, 64),  # no Linux
 ])
 def test_the_cores_of_a_container_are_those_that_it_may_use(group, files, expected, monkeypatch, tmp_path):
-    monkeypatch.setattr(script.os, "sched_getaffinity", lambda process: range(64), raising=False)
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda process: range(64), raising=False)
     if group:
         files = {f"sys/fs/cgroup/{path}": text for path, text in files.items()} | {"proc/self/cgroup": group}
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert script.num_cores(root=tmp_path) == expected
+    assert processes.num_cores(root=tmp_path) == expected
 
 
 def test_the_engine_plays_every_game_of_every_mode_and_no_other():
@@ -145,14 +141,12 @@ for mode, games in script.GAMES.items():
     assert end.returncode == 0 and end.stderr == "", end.stderr
 
 
-def test_help_is_the_manual_in_four_groups_and_starts_without_the_notice_of_gym():
-    """Each argument is there with its sentence, and nothing is wider than the terminal."""
+def test_help_is_the_manual_and_starts_without_the_notice_of_gym():
+    """It begins with the script's first words, and each argument is there with its sentence."""
     end = subprocess.run([sys.executable, "impala_procgen_srwm.py", "--help"], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | dict(COLUMNS="80"))
-    assert end.returncode == 0 and end.stderr == ""
-    assert re.findall(r"─ (\w+) options ─", end.stdout) == ["run", "environment", "learning", "model"]
+    assert end.returncode == 0 and end.stderr == "" and script.__doc__.splitlines()[0] in end.stdout
     assert "--unroll-length" in end.stdout and "steps T of an unroll" in end.stdout
-    assert max(map(len, end.stdout.splitlines())) <= 80
     for field in fields(script.Args):
         assert re.search(rf"--{field.name.replace('_', '-')}\b[^(]*\n?[^-]*\w", end.stdout), field.name
 
@@ -161,5 +155,5 @@ def test_a_missing_system_library_is_named_with_its_debian_package(command, refu
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: no such file or directory")
 
-    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(engine._Engine, "__init__", no_engine)
     refused(lambda: command(script, "--no-cuda"), "libGL.so.1", "apt install libgl1 libglib2.0-0")

@@ -30,7 +30,8 @@ def checkpoint(folder):
     return script.load_checkpoint(run / "checkpoint.pt", None)
 
 
-def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_the_joint_batch(command, tmp_path):
     """Their weights are the first's and stay equal, bit for bit, and their first update is that of the mean gradient. One run
     folder, one log, and steps are counted over both; another number of processes can go on. An update that is not finite in one
     process is left out in both."""
@@ -66,13 +67,13 @@ def test_two_processes_learn_as_one_with_the_joint_batch(tmp_path):
     assert checkpoint(tmp_path)["step"] == 10 * STEPS and out.count("saved runs/") == 1
     assert checkpoint(tmp_path)["optimizer"]["state"][0]["step"] == 9  # and one was left out
     (run,) = (tmp_path / "runs").iterdir()
-    alone = [sys.executable, ROOT / "impala_procgen_srwm.py", "--resume", run, "--total-steps", str(10 * STEPS + 20)]
     saved = torch.load(run / "checkpoint.pt") | {"script": "impala_procgen_srwm.py"}
     torch.save(saved, run / "checkpoint.pt")
-    subprocess.run(alone, cwd=tmp_path, check=True, timeout=60)
+    command(script, "--resume", run, "--total-steps", 10 * STEPS + 20)
     assert checkpoint(tmp_path)["step"] == 10 * STEPS + 20
 
 
+@pytest.mark.slow
 def test_parameters_that_no_process_or_only_one_uses_train_with_the_rest(tmp_path):
     """As in an ablation: the copy of the script takes the place of the original."""
     (tmp_path / "impala_procgen_srwm.py").write_text((ROOT / "impala_procgen_srwm.py").read_text().replace("""
@@ -112,6 +113,7 @@ def wait_for_steps(process, updates=3):
             return
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
     process = torchrun(tmp_path, "impala_procgen_srwm.py")
@@ -123,6 +125,7 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
     assert time.time() - begin < 60 and not Path(f"/proc/{processes[0]}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_two_machines_recover_from_the_death_of_a_worker(command, tmp_path):
     """Here two agents of torchrun on one, which count restarts each for itself. Before the first checkpoint they begin another
@@ -175,6 +178,7 @@ launch.join(script.Args(cuda=False), step=int(sys.argv[1]))
         assert process.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):
     process = torchrun(tmp_path, "impala_procgen_srwm.py")
     wait_for_steps(process)

@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import FRUITBOT
 
 import evaluate
 import impala_procgen_lstm
 import impala_procgen_srwm as script
 from reporting import tables
+from srwm_cuda import engine
 
 
 def results(run, name):
@@ -44,15 +46,14 @@ def test_a_checkpoint_is_scored_on_its_games_and_twice_alike(trained, score, cap
 
 def test_the_papers_splits_have_a_file_each_and_share_the_tables(trained, score, capsys):
     capsys.readouterr()
-    score(trained, "--splits", "paper", "--num-levels", 1, "--format", "json")
+    score(trained, "--splits", "paper", "--num-levels", 1, "--format", "json", *FRUITBOT)
     found = json.loads(capsys.readouterr().out)
-    train_returns, *tests = ([np.mean(results(trained, f"evaluation_easy_{first}_1.json")["games"][game]["returns"])
-                              for game in ("bigfish", "fruitbot")] for first in (0, 1000, 1200, 1400))
+    records = (results(trained, f"evaluation_fruitbot_easy_{first}_1.json") for first in (0, 1000, 1200, 1400))
+    train, *tests = (record["games"]["fruitbot"]["returns"][0] for record in records)
     value = {(row["game"], row["measure"], row["split"]): row["value"] for row in found["entries"]}
-    for i, game in enumerate(("bigfish", "fruitbot")):
-        assert value[game, "return", "train"] == pytest.approx(train_returns[i])
-        assert value[game, "return", "test"] == pytest.approx(np.mean(tests, axis=0)[i])
-        assert value[game, "return", "gap"] == pytest.approx(train_returns[i] - np.mean(tests, axis=0)[i])
+    assert value["fruitbot", "return", "train"] == pytest.approx(train)
+    assert value["fruitbot", "return", "test"] == pytest.approx(np.mean(tests))
+    assert value["fruitbot", "return", "gap"] == pytest.approx(train - np.mean(tests))
 
 
 def test_sampled_actions_and_other_games_and_modes(trained, score):
@@ -65,7 +66,7 @@ def test_the_newest_checkpoint_is_taken(train, score, capsys):
     train("--total-steps", 20, "--exp-name", "older")
     train("--total-steps", 20, "--exp-name", "newer")
     capsys.readouterr()
-    score("--num-levels", 1)
+    score("--num-levels", 1, *FRUITBOT)
     assert capsys.readouterr().out.startswith("runs/newer")
 
 
@@ -75,8 +76,8 @@ def test_a_checkpoint_of_other_machines_and_versions_is_scored(trained, score):
     checkpoint = torch.load(trained / "checkpoint.pt")
     changes = dict(num_actors=None, num_envs=2, batch_size=500, an_argument_long_gone=1)
     torch.save(checkpoint | {"args": checkpoint["args"] | changes}, trained / "checkpoint.pt")
-    score(trained, "--num-levels", 1)
-    assert (trained / "evaluation_easy_0_1.json").exists()
+    score(trained, "--num-levels", 1, *FRUITBOT)
+    assert (trained / "evaluation_fruitbot_easy_0_1.json").exists()
 
 
 # Playing
@@ -137,10 +138,8 @@ torch.manual_seed(1)  # of which the episodes are short
 SRWM = script.Agent(script.Args(cuda=False, bf16=False))
 
 
-AGENTS = {"clock": Clock(), "diverging": Diverging(), "witness": Witness(), "srwm": SRWM}
-
-
-@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
+@pytest.mark.parametrize("agent", [Clock(), Diverging(), Witness(), pytest.param(SRWM, marks=pytest.mark.slow)],
+                         ids=["clock", "diverging", "witness", "srwm"])
 @pytest.mark.parametrize("carry_state", [True, False])
 def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_slots):
     """In float32, level by level. Every unroll_length steps a state is reset that has diverged, or is not to be
@@ -166,7 +165,8 @@ def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     assert carried.tolist() != reset.tolist()
 
 
-@pytest.mark.parametrize("greedy, bf16", [(True, True), (False, False)], ids=["greedy, bfloat16", "sampled, float32"])
+@pytest.mark.parametrize("greedy, bf16", [pytest.param(True, True, marks=pytest.mark.slow), (False, False)],
+                         ids=["greedy, bfloat16", "sampled, float32"])
 def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     """Even where rounding or chance decides: batches are of one size, and random numbers belong to game and level."""
     args = script.Args(cuda=False, bf16=bf16)
@@ -177,6 +177,7 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     assert together[1:3].tolist() == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [True, False])
 def test_turns_and_the_engine_s_threads_change_nothing(greedy, few_slots, monkeypatch):
     """On a GPU a thread plays several policies by turns, and the engine's threads step their environments."""
@@ -217,6 +218,7 @@ def test_with_channels_first_convolutions_compute_the_same():
     assert len(seen) == 3 * 15 and all(x.is_contiguous() for x in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_where_every_state_counts_as_diverged_none_is_carried(device, few_slots, monkeypatch):
     monkeypatch.setitem(evaluate.SLOTS, "cuda", 32)
@@ -281,12 +283,13 @@ def test_levels_that_were_trained_on_are_no_test():
     assert columns("0", games=["maze", "miner"]) == [(0, 200, "mixed")]
 
 
+@pytest.mark.slow
 def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, capsys):
     runs = [train("--total-steps", 20, "--exp-name", name, *words) for name, *words in (
         ("a", "--seed", 1), ("b", "--seed", 2), ("c", "--seed", 1, "--no-carry-state"))]
     runs.append(train("--total-steps", 20, script=impala_procgen_lstm))
     capsys.readouterr()
-    score(*runs, "--env", "fruitbot", "--num-levels", 1, "--format", "csv")
+    score(*runs, "--num-levels", 1, "--format", "csv", *FRUITBOT)
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert {(row["model"], row["seeds"]) for row in rows if not row["minus"]} == {
         ("srwm", "2"), ("srwm --no-carry-state", "1"), ("lstm", "1")}
@@ -304,61 +307,64 @@ def test_levels_that_were_seen_before_fine_tuning_are_no_test():
     assert evaluate.choose_splits(args, "easy", ["maze", "heist"], script, history)[-1] == (2000, 100, "mixed")
 
 
+@pytest.mark.slow
 def test_fine_tuned_runs_are_a_model_of_their_own(train, score, capsys, tmp_path):
     parents = [train("--total-steps", 20, "--exp-name", "parent", "--seed", seed) for seed in (1, 2)]
     runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 500)
             for seed, parent in enumerate(parents, 1)]
     runs += [train("--total-steps", 20, "--seed", 3, "--start-level", 500)]
     capsys.readouterr()
-    score(*runs, "--splits", "0", "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
+    score(*runs, "--splits", "0", "--num-levels", 1, "--format", "csv", *FRUITBOT)
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     before = "--init-from parent (2 games, --total-steps 20, --unroll-length 5, --batch-size 4)"
     assert {(row["model"], row["seeds"], row["split"]) for row in rows} == {
         (f"srwm {before}", "2", "train"), ("srwm", "1", "test")}
 
 
+@pytest.mark.slow
 def test_runs_fine_tuned_from_runs_that_learned_otherwise_are_no_seeds_of_one_model(train, score, capsys):
-    parents = [train("--total-steps", 20, "--multi-env", 1),
-               train("--total-steps", 20, "--multi-env", 1, "--seed", 2, "--start-level", 500)]
+    parents = [train("--total-steps", 20), train("--total-steps", 20, "--seed", 2, "--start-level", 500)]
     runs = [train("--total-steps", 20, "--init-from", parent, "--seed", seed, "--start-level", 900)
             for seed, parent in enumerate(parents, 1)]
     capsys.readouterr()
-    score(*runs, "--splits", "0", "--num-levels", 1, "--env", "bigfish", "--format", "csv")
+    score(*runs, "--splits", "0", "--num-levels", 1, "--format", "csv", *FRUITBOT)
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert {("--start-level 500" in row["model"], row["seeds"], row["split"]) for row in rows} == {
         (False, "1", "train"), (True, "1", "test")}
 
 
+@pytest.mark.slow
 def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
     runs = [train("--total-steps", 20, "--exp-name", name, "--seed", seed) for name, seed in (("a", 1), ("b", 2))]
     capsys.readouterr()
-    score(*runs, "--num-levels", 1)
+    score(*runs, "--num-levels", 1, *FRUITBOT)
     assert "note" not in capsys.readouterr().err
     shutil.copytree(runs[0], "copy")
     checkpoint = torch.load(runs[1] / "checkpoint.pt")
     torch.save(checkpoint | {"step": 10}, runs[1] / "checkpoint.pt")
-    score(*runs, "copy", "--num-levels", 1)
+    score(*runs, "copy", "--num-levels", 1, *FRUITBOT)
     note = "note: the runs of srwm have the seeds (1, 2, 1) and the steps (20, 10, 20)\n"
     assert capsys.readouterr().err.count(note) == 1
 
 
 def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(trained, score, capsys):
-    (trained / "evaluation_easy_0_1.json").mkdir()
+    (trained / "evaluation_fruitbot_easy_0_1.json").mkdir()
     capsys.readouterr()
-    score("--num-levels", 1)
+    score("--num-levels", 1, *FRUITBOT)
     printed = capsys.readouterr()
-    assert "not written: " in printed.err and "evaluation_easy_0_1.json" in printed.err and "bigfish" in printed.out
+    assert "not written: " in printed.err and "evaluation_fruitbot_easy_0_1.json" in printed.err
+    assert "normalized" in printed.out
 
 
 def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, score, capsys):
     run = train("--total-steps", 20, "--valid-num-levels", 9)
     (run / "best.pt").write_bytes((run / "checkpoint.pt").read_bytes())
     capsys.readouterr()
-    score(run, run / "best.pt", "--num-levels", 1, "--format", "markdown")
+    score(run, run / "best.pt", "--num-levels", 1, "--format", "markdown", *FRUITBOT)
     out = capsys.readouterr().out
-    assert "| bigfish | srwm | 1 |" in out and "| bigfish | srwm best | 1 |" in out
+    assert "| fruitbot | srwm | 1 |" in out and "| fruitbot | srwm best | 1 |" in out
     assert out.count("chosen by validation on levels 500 to 508") == 1
-    assert (run / "evaluation_best_easy_0_1.json").exists()
+    assert (run / "evaluation_best_fruitbot_easy_0_1.json").exists()
 
 
 # Statistics
@@ -545,7 +551,7 @@ def test_statistics_of_known_returns():
 def test_folders_without_a_checkpoint_are_left_out(trained, score, refused, capsys, tmp_path):
     (tmp_path / "runs" / "empty").mkdir()
     capsys.readouterr()
-    score(*sorted((tmp_path / "runs").iterdir()), "--num-levels", 1)
+    score(*sorted((tmp_path / "runs").iterdir()), "--num-levels", 1, *FRUITBOT)
     out, error = capsys.readouterr()
     assert f"{trained}/checkpoint.pt: srwm" in out
     assert "there is no checkpoint.pt in " in error and "runs/empty" in error
@@ -566,6 +572,7 @@ def test_pictures_that_cannot_be_written_are_refused_before_work(word, trained, 
     assert not target.exists()  # the check leaves nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end, status, said", [
     ("| head -n 1", 0, ""), ("> /dev/full", 1, "the tables could not be printed: [Errno 28] No space left on device"),
     (">&- 2>&-", 0, ""), ("| cat", 0, "")], ids=["head", "full", "closed", "ascii"])
@@ -646,12 +653,13 @@ def test_bad_arguments_are_refused(words, expected, trained, score, refused, cap
 
 
 def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train, score, refused, capsys):
-    runs = [train("--total-steps", 20), train("--total-steps", 20, "--multi-env", 1, "--exp-name", "one")]
+    runs = [train("--total-steps", 20),
+            train("--total-steps", 20, "--multi-env", "None", *FRUITBOT, "--exp-name", "one")]
     capsys.readouterr()
     refused(lambda: score(*runs), "runs must have the same games", "bigfish fruitbot (easy)")
     refused(lambda: score(runs[0], runs[0]), "runs must be named once each")
-    score(*runs, "--num-levels", 1, "--env", "bigfish")
-    assert "srwm bigfish " in capsys.readouterr().out
+    score(*runs, "--num-levels", 1, *FRUITBOT)
+    assert "srwm fruitbot " in capsys.readouterr().out
 
 
 def test_no_checkpoint_at_all_is_refused(score, refused):
@@ -676,7 +684,7 @@ def test_a_missing_system_library_is_named_with_its_debian_package(trained, scor
     def no_engine(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(script, "ProcgenGym3Env", no_engine)
+    monkeypatch.setattr(engine._Engine, "__init__", no_engine)
     monkeypatch.setattr(evaluate, "import_script", lambda name: script)
     capsys.readouterr()
     refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

@@ -1,4 +1,4 @@
-"""Command lines by the hundred, sensible and not: each trains or is refused in one line; nothing else ever happens."""
+"""Command lines by the hundred, sensible and not: each trains or is refused; nothing else ever happens."""
 
 import random
 
@@ -48,7 +48,7 @@ WORDS = {
     "init-from": ["runs/none", "."],
     "surprise": ["1"],
 }
-SWITCHES = "--no-carry-state --carry-state --deterministic --cuda --profile --nonsense".split()
+SWITCHES = "--no-carry-state --carry-state --deterministic --cuda --nonsense".split()
 
 
 def draw(rng):
@@ -60,8 +60,9 @@ def draw(rng):
     return line + ([rng.choice(SWITCHES)] if rng.random() < 0.3 else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_every_command_line_trains_or_is_refused_in_one_line(seed, command, capsys, tmp_path):
+def test_every_command_line_trains_or_is_refused(seed, command, capsys, tmp_path):
     rng, trained = random.Random(seed), 0
     for _ in range(70):
         line = draw(rng)
@@ -72,8 +73,9 @@ def test_every_command_line_trains_or_is_refused_in_one_line(seed, command, caps
             command(script, *TINY, *line)
         except SystemExit as end:
             error = capsys.readouterr().err
-            assert end.code == 2 and len(error.splitlines()) == 1, (line, end.code, error)
-            assert error.startswith("impala_procgen_srwm.py: error: "), (line, error)
+            assert end.code == 2, (line, end.code, error)
+            ours = error.startswith("impala_procgen_srwm.py: error: ") and len(error.splitlines()) == 1
+            assert ours or error.startswith("╭─"), (line, error)  # tyro's
             assert set(tmp_path.rglob("*")) == before, line
         else:
             out, error = capsys.readouterr()

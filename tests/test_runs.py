@@ -1,15 +1,12 @@
 """A run is what it says: resuming, fine-tuning, best checkpoints, and who may write to a run's folder."""
 
-import contextlib
 import fcntl
+import hashlib
 import math
 import os
-import pty
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import impala_procgen_ff
 import impala_procgen_srwm as script
+import srwm_cuda
 
 SCRIPT = Path(script.__file__)
 TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
@@ -37,27 +36,32 @@ def contents(folder):
 # Resuming
 
 
-def test_a_finished_run_says_so_and_nothing_is_written(train, command, capsys, tmp_path):
-    run = train("--total-steps", 40)
+def test_a_finished_run_says_so_and_nothing_is_written(trained, command, capsys, tmp_path):
     before = contents(tmp_path)
     capsys.readouterr()
-    command(script, "--resume", run)
-    assert capsys.readouterr().out == f"{run} is finished, at step 40 of 40: nothing to do\n"
+    command(script, "--resume", trained)
+    assert capsys.readouterr().out == f"{trained} is finished, at step 20 of 20: nothing to do\n"
     assert contents(tmp_path) == before
 
 
-def test_another_experiment_is_not_what_a_run_goes_on_with(train, command, refused, capsys, tmp_path):
+def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, refused, capsys, tmp_path):
     """Be it finished or not."""
-    run = train("--total-steps", 20)
     before = contents(tmp_path)
     capsys.readouterr()
     for words in ("--env maze", "--multi-env 3", "--distribution-mode hard", "--num-levels 100", "--start-level 1", "--seed 2",
                   "--exp-name ft", "--reward-clipping none", "--no-carry-state", "--hidden-size 64", "--num-head 4",
-                  "--num-layers 1", "--bptt-length 1"):
-        for steps in (20, 40):
-            refused(partial(command, script, "--resume", run, "--total-steps", steps, *words.split()),
-                    words.split()[0].replace("--no-", "--"), "--init-from")
+                  "--num-layers 1", "--bptt-length 1", "--seed 3 --total-steps 20"):  # the last: of a finished run
+        refused(partial(command, script, "--resume", trained, "--total-steps", 40, *words.split()),
+                words.split()[0].replace("--no-", "--"), "--init-from")
     assert contents(tmp_path) == before
+
+
+def test_a_longer_schedule_is_told_when_a_run_goes_on_with_it(trained, command, capsys):
+    command(script, "--resume", trained, "--total-steps", 40)
+    told = "with --total-steps 40 instead of 20, the learning rate goes on at 50% of its start, not at 0%"
+    assert told in capsys.readouterr().out
+    command(script, "--resume", trained)
+    assert "learning rate" not in capsys.readouterr().out
 
 
 def test_six_games_may_be_named_or_left_out(train, command):
@@ -92,15 +96,15 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_arguments_or_begins_on
     assert steps() == [20, 40, 40, 40]
 
 
-def test_auto_leaves_a_run_to_the_process_that_trains_it(train):
-    run = train("--total-steps", 40)
-    torch.save(torch.load(run / "checkpoint.pt") | {"step": 20}, run / "checkpoint.pt")
-    with open(run / "lock") as file:
+def test_auto_leaves_a_run_to_the_process_that_trains_it(trained, train):
+    torch.save(torch.load(trained / "checkpoint.pt") | {"step": 10}, trained / "checkpoint.pt")
+    with open(trained / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert train("--total-steps", 40, "--resume", "auto") is not None
-    assert read(run)["step"] == 20
+        assert train("--total-steps", 20, "--resume", "auto") is not None
+    assert read(trained)["step"] == 10
 
 
+@pytest.mark.slow
 def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
     def start(*words):
         return subprocess.Popen([sys.executable, SCRIPT, *TINY, *map(str, words)], cwd=tmp_path, text=True,
@@ -120,6 +124,41 @@ def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
     step = read(run)["step"]
     third = start("--resume", run, "--total-steps", step + 10)  # a killed process keeps nobody off
     assert third.wait(timeout=60) == 0 and read(run)["step"] == step + 10
+
+
+def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_began_with(train, command):
+    """Arguments, script and srwm_cuda, from which step on."""
+    run = train("--total-steps", 40)
+    command(script, "--resume", run, "--total-steps", 80, "--learning-rate", 0.003)
+    first, second = read(run)["history"]
+    assert (first["step"], second["step"]) == (0, 40)
+    changed = {name for name, value in first["args"].items() if value != second["args"][name]}
+    assert changed == {"total_steps", "learning_rate"} and second["args"] == read(run)["args"]
+    assert first["sha256"] == second["sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+    assert first["srwm_cuda"] == second["srwm_cuda"] == srwm_cuda.SHA256 and first["processes"] == 1
+    child = read(train("--total-steps", 20, "--init-from", run))
+    assert [part["step"] for part in child["history"]] == [0] and child["before"] == [[first, second]]
+
+
+def test_tensorboard_shows_the_arguments_of_each_part_of_a_run(train, command):
+    run = train("--total-steps", 40)
+    command(script, "--resume", run, "--total-steps", 80, "--learning-rate", 0.003)
+    texts = EventAccumulator(str(run)).Reload().Tensors("arguments/text_summary")
+    shown = {text.step: text.tensor_proto.string_val[0].decode() for text in texts}
+    assert shown.keys() == {0, 40}
+    assert "- learning_rate: 0.0006\n" in shown[0] and "- learning_rate: 0.003\n" in shown[40]
+
+
+def test_a_checkpoint_of_a_version_that_kept_the_newest_arguments_alone_goes_on(train, command):
+    run = train("--total-steps", 40)
+    checkpoint = torch.load(run / "checkpoint.pt")
+    (part,) = checkpoint.pop("history")
+    older = dict(checkpoint["args"], learning_rate=0.003)
+    torch.save(checkpoint | dict(sha256=part["sha256"], before=[older]), run / "checkpoint.pt")
+    command(script, "--resume", run, "--total-steps", 80)
+    first, second = read(run)["history"]
+    assert first == dict(step=0, args=part["args"], sha256=part["sha256"]) and second["step"] == 40
+    assert read(run)["before"] == [[dict(step=0, args=older)]]
 
 
 # Fine-tuning
@@ -149,12 +188,11 @@ def test_a_fine_tuned_run_can_be_resumed_and_found(train, command):
 
 @pytest.mark.parametrize("words, expected", [
     (["--hidden-size", 64], "other sizes"), (["--resume", "runs"], "--resume and --init-from exclude each other")])
-def test_weights_that_do_not_fit_are_refused(words, expected, train, command, refused, capsys, tmp_path):
-    run = train("--total-steps", 20)
+def test_weights_that_do_not_fit_are_refused(words, expected, trained, command, refused, capsys, tmp_path):
     before = contents(tmp_path)
     capsys.readouterr()
-    refused(lambda: command(script, *SMALL, "--init-from", run, *words), expected)
-    refused(lambda: command(impala_procgen_ff, *SMALL, "--init-from", run), "other sizes")
+    refused(lambda: command(script, *SMALL, "--init-from", trained, *words), expected)
+    refused(lambda: command(impala_procgen_ff, *SMALL, "--init-from", trained), "other sizes")
     assert contents(tmp_path) == before
 
 
@@ -202,30 +240,28 @@ class FullDisk:
                 self.path.symlink_to("/dev/full")
 
 
-def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(train, command, validation, monkeypatch):
-    run = train("--total-steps", 20)
-    FullDisk(run / "best.pt", 1, monkeypatch)
+def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(trained, command, validation, monkeypatch):
+    FullDisk(trained / "best.pt", 1, monkeypatch)
     validation += [0.7, 0.6]
-    command(script, "--resume", run, "--total-steps", 60)
-    assert (read(run / "best.pt")["best"], read(run / "best.pt")["step"]) == (0.6, 60)
+    command(script, "--resume", trained, "--total-steps", 60)
+    assert (read(trained / "best.pt")["best"], read(trained / "best.pt")["step"]) == (0.6, 60)
 
 
-def test_an_extra_checkpoint_that_could_not_be_written_is_tried_again(train, command, monkeypatch):
-    run = train("--total-steps", 20)
-    FullDisk(run / "checkpoint_40.pt", 1, monkeypatch)
-    command(script, "--resume", run, "--total-steps", 80, "--save-extra-checkpoint", 40, "--save-interval", 0)
-    assert read(run / "checkpoint_60.pt")["step"] == 60
-    assert not (run / "checkpoint_80.pt").exists() and not (run / "checkpoint_40.pt").exists()
+def test_an_extra_checkpoint_that_could_not_be_written_is_tried_again(trained, command, monkeypatch):
+    FullDisk(trained / "checkpoint_40.pt", 1, monkeypatch)
+    command(script, "--resume", trained, "--total-steps", 80, "--save-extra-checkpoint", 40, "--save-interval", 0)
+    assert read(trained / "checkpoint_60.pt")["step"] == 60
+    assert not (trained / "checkpoint_80.pt").exists() and not (trained / "checkpoint_40.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["best", "checkpoint_40"])
-def test_a_run_that_ends_without_one_of_its_checkpoints_ends_with_status_1(name, train, command, validation, monkeypatch):
-    run = train("--total-steps", 20)
-    FullDisk(run / name, 10, monkeypatch)
+def test_a_run_that_ends_without_one_of_its_checkpoints_ends_with_status_1(name, trained, command, validation,
+                                                                                   monkeypatch):
+    FullDisk(trained / name, 10, monkeypatch)
     validation += [0.7]
     with pytest.raises(SystemExit) as end:
-        command(script, "--resume", run, "--total-steps", 40, "--save-extra-checkpoint", 40)
-    assert end.value.code == 1 and read(run)["step"] == 40
+        command(script, "--resume", trained, "--total-steps", 40, "--save-extra-checkpoint", 40)
+    assert end.value.code == 1 and read(trained)["step"] == 40
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(train, monkeypatch):
@@ -254,9 +290,9 @@ def test_where_a_folder_cannot_be_synchronized_no_file_stays_open(train, monkeyp
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
-    run = train("--total-steps", 400, "--save-interval", 0)
+    run = train("--total-steps", 100, "--save-interval", 0)
     opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-    assert read(run)["step"] == 400 and str(run) not in opened
+    assert read(run)["step"] == 100 and str(run) not in opened
 
 
 # Stopping
@@ -282,24 +318,7 @@ def test_a_signal_is_followed_by_one_update_at_most(train, monkeypatch):
 # Terminals, closed streams, other programs
 
 
-def test_on_a_terminal_the_status_line_rewrites_itself(tmp_path):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
-    words = [sys.executable, SCRIPT, *TINY, "--total-steps", "40"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how the end of a terminal is told
-        while part := os.read(ours, 1000):
-            shown += part
-    assert process.wait(timeout=60) == 0
-    first, status, last = shown.decode().replace("\r\n", "\n").strip("\n").split("\n")
-    assert first.startswith("runs/") and last.startswith("saved runs/")
-    lines = status.split("\r")[1:]
-    assert [line.split(" of")[0] for line in lines] == ["step 10", "step 20", "step 30", "step 40"]
-    assert {len(line) for line in lines} == {59}
-
-
+@pytest.mark.slow
 def test_closed_streams_do_not_end_a_run_nor_does_a_poor_character_set(tmp_path):
     for redirection, variables in ((">&- 2>&- <&-", {}), ("> out.txt", dict(PYTHONIOENCODING="ascii"))):
         folder = tmp_path / variables.get("PYTHONIOENCODING", "closed \u00fc")
@@ -307,7 +326,6 @@ def test_closed_streams_do_not_end_a_run_nor_does_a_poor_character_set(tmp_path)
         words = " ".join([sys.executable, str(SCRIPT), *TINY, "--total-steps 20 --exp-name \u00fcbung", redirection])
         end = subprocess.run(words, shell=True, cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | variables)
         assert end.returncode == 0 and len(list(folder.glob("runs/*/checkpoint.pt"))) == 1
-    assert "saved runs/?bung" in (tmp_path / "ascii" / "out.txt").read_text()
 
 
 def test_another_program_may_call_main_also_in_a_thread(train, tmp_path):
@@ -318,12 +336,11 @@ def test_another_program_may_call_main_also_in_a_thread(train, tmp_path):
         assert pool.submit(train, "--total-steps", 20, "--seed", 2).result() is not None
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(train, command, refused, capsys, tmp_path):
-    run = train("--total-steps", 20)
-    (run / "lock").unlink()
-    (run / "lock").mkdir()  # for root, too, nothing to write to
+def test_a_folder_that_cannot_be_written_to_is_refused(trained, command, refused, capsys, tmp_path):
+    (trained / "lock").unlink()
+    (trained / "lock").mkdir()  # for root, too, nothing to write to
     capsys.readouterr()
-    refused(lambda: command(script, "--resume", run, "--total-steps", 40), "Is a directory", f"{run}/lock")
+    refused(lambda: command(script, "--resume", trained, "--total-steps", 40), "Is a directory", f"{trained}/lock")
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     (tmp_path / "runs").touch()
     refused(lambda: command(script, *TINY), "runs")

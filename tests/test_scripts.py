@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FRUITBOT
 
 import evaluate
 import impala_procgen_srwm
@@ -46,27 +47,29 @@ def test_each_script_tells_its_story_in_at_most_600_lines_none_of_them_long(stem
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
 
 
-@pytest.mark.parametrize("stem", SCRIPTS)
+@pytest.mark.parametrize("stem", [pytest.param(stem, marks=[] if stem.endswith("_srwm") else pytest.mark.slow)
+                                  for stem in SCRIPTS])
 def test_each_script_trains_resumes_and_is_scored(stem, train, score, command, tmp_path):
     script = importlib.import_module(stem)
     run = train("--total-steps", 60, script=script)
     command(script, "--resume", run, "--total-steps", 100)
     checkpoint = script.load_checkpoint(run / "checkpoint.pt", f"{stem}.py")
     assert checkpoint["step"] == 100
-    score("--num-levels", 1)
-    assert (run / "evaluation_easy_0_1.json").exists()
+    score("--num-levels", 1, *FRUITBOT)
+    assert (run / "evaluation_fruitbot_easy_0_1.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", SCRIPTS)
 def test_each_script_trains_in_the_memory_distribution(stem, train):
     words = "--distribution-mode memory --multi-env 4 --num-levels 500 --total-steps 40".split()
     assert (train(*words, script=importlib.import_module(stem)) / "checkpoint.pt").exists()
 
 
-def test_a_checkpoint_of_another_script_is_refused(train, command, refused, capsys):
-    run = train("--total-steps", 20)
+def test_a_checkpoint_of_another_script_is_refused(trained, command, refused, capsys):
+    other = importlib.import_module("impala_procgen_ff")
     capsys.readouterr()
-    refused(lambda: command(importlib.import_module("impala_procgen_ff"), "--resume", run), "belongs to impala_procgen_srwm.py")
+    refused(lambda: command(other, "--resume", trained), "belongs to impala_procgen_srwm.py")
 
 
 def apply(diff, text):
@@ -89,22 +92,8 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
     assert "layers.0.gate.weight" in torch.load(run / "checkpoint.pt")["model"]
     assert run.name.startswith("my_ablation__1__")
     assert torch.load(run / "checkpoint.pt")["script"] == "my_ablation.py"
-    score("--num-levels", 2)
-    assert (run / "evaluation_easy_0_2.json").exists()
-
-
-@pytest.fixture
-def own_copy(monkeypatch, tmp_path):
-    """Writes my_ablation.py, the SRWM script with one thing changed, beside which evaluate.py is looked for. Imports it."""
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-
-    def write(old, new):
-        text = Path(impala_procgen_srwm.__file__).read_text()
-        assert text.count(old) == 1
-        (tmp_path / "my_ablation.py").write_text(text.replace(old, new))
-        return evaluate.import_script("my_ablation.py")
-
-    return write
+    score("--num-levels", 2, *FRUITBOT)
+    assert (run / "evaluation_fruitbot_easy_0_2.json").exists()
 
 
 def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
@@ -124,13 +113,14 @@ def test_a_copy_that_changes_its_normalization_is_scored_by_it(own_copy, train, 
     assert found["normalized"] == found["mean_return"] / 10
 
 
+@pytest.mark.slow
 def test_one_script_and_evaluate_are_enough(train, tmp_path):
     run = train("--total-steps", 20, script=importlib.import_module("impala_procgen_lstm"))
     for name in ("impala_procgen_lstm.py", "evaluate.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("reporting", "srwm_cuda"):
         (tmp_path / name).symlink_to(ROOT / name)
-    words = [sys.executable, "evaluate.py", run, "--num-levels", "1", "--no-cuda"]
+    words = [sys.executable, "evaluate.py", run, "--num-levels", "1", "--no-cuda", *FRUITBOT]
     end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert end.returncode == 0 and "lstm" in end.stdout, end.stderr
 
@@ -141,12 +131,12 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
     text = (tmp_path / "my_ablation.py").read_text()
     assert (first / "my_ablation.py").read_text() == text
     capsys.readouterr()
-    score(first, "--num-levels", 1)
+    score(first, "--num-levels", 1, *FRUITBOT)
     assert "note" not in capsys.readouterr().err
     script = own_copy("return h + self.out", "return 2 * h + self.out")
     second = train("--total-steps", 20, "--seed", 2, script=script)
     capsys.readouterr()
-    score(first, second, "--num-levels", 1)
+    score(first, second, "--num-levels", 1, *FRUITBOT)
     out, error = capsys.readouterr()
     assert error.count(f"note: my_ablation.py has changed since it trained {first}/checkpoint.pt") == 1 == error.count("note")
     assert len(set(re.findall("my_ablation code ([0-9a-f]{8})", out))) == 2

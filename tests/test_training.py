@@ -1,9 +1,7 @@
 """Training on the real engine: a few updates, the log, checkpoints, resuming, signals, errors."""
 
 import contextlib
-import gzip
 import importlib
-import json
 import math
 import os
 import re
@@ -36,17 +34,17 @@ def log(run):
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def parts(args, games=("maze", "leaper")):
+def parts(args, games=("maze", "leaper"), script=script):
     """An actor and a learner of the same weights, an empty unroll, and the episodes that the actor records."""
     torch.manual_seed(0)
     agent = script.Agent(args).to("cuda" if args.cuda else "cpu")
     episodes = script.Episodes(games)
     learner = script.Learner(agent, args)
-    (actor,) = pool_of(learner, args, episodes).actors
+    (actor,) = pool_of(learner, args, episodes, script).actors
     return actor, learner, script.Unroll(agent, args.unroll_length, args.num_envs), episodes
 
 
-def pool_of(learner, args, episodes):
+def pool_of(learner, args, episodes, script=script):
     engine = script.Engine(args, list(episodes.recent), seed=1)
     return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
@@ -85,32 +83,32 @@ def test_an_unroll_begins_with_the_time_step_that_ended_the_one_before():
 def test_unrolls_and_recorded_episodes_are_those_of_the_engine():
     """The same seed and actions on an engine of our own give the same frames, rewards and episode starts, in the same places;
     and the same returns, lengths and games."""
-    args = script.Args(**ARGS | dict(num_envs=4, unroll_length=600))
-    actor, _, unroll, episodes = parts(args, games=("maze", "leaper"))
+    args, games = script.Args(**ARGS | dict(num_envs=4, unroll_length=250)), ["starpilot", "fruitbot"]  # short episodes
+    actor, _, unroll, episodes = parts(args, games)
     play(actor, unroll)
-    envs = script.make_envs(args, ["maze", "leaper"], 4, seed=1)
-    expected, returns, lengths = {"maze": [], "leaper": []}, np.zeros(4), np.zeros(4, dtype=int)
-    for t in range(601):
+    envs = script.make_envs(args, games, 4, seed=1)
+    expected, returns, lengths = {game: [] for game in games}, np.zeros(4), np.zeros(4, dtype=int)
+    for t in range(251):
         reward, obs, done = envs.observe()
         assert (unroll.obs[t].numpy() == obs["rgb"]).all() and (unroll.reward[t].numpy() == reward).all()
         assert (unroll.done[t].numpy() == done).all()
         returns, lengths = returns + reward, lengths + (t > 0)
         for n in np.flatnonzero(done) if t > 0 else ():
-            expected[["maze", "leaper"][n % 2]].append((returns[n], lengths[n]))
+            expected[games[n % 2]].append((returns[n], lengths[n]))
             returns[n] = lengths[n] = 0
-        if t < 600:
+        if t < 250:
             envs.act(unroll.action[t].int().numpy())
     assert episodes.saved() == expected and all(expected.values()) and unroll.reward.max() > 0
 
 
 def test_actions_are_samples_of_the_policy():
-    args = script.Args(**ARGS | dict(unroll_length=400))
+    args = script.Args(**ARGS | dict(num_envs=96, unroll_length=25))
     agent = script.Agent(args)
     with torch.no_grad():
         agent.policy.weight.zero_()
         agent.policy.bias.copy_(torch.linspace(-2, 2, 15))
     (actor,) = pool_of(script.Learner(agent, args), args, script.Episodes(["maze"])).actors
-    unroll = script.Unroll(agent, 400, 6)
+    unroll = script.Unroll(agent, 25, 96)
     play(actor, unroll)
     counts, p = torch.bincount(unroll.action.flatten(), minlength=15), agent.policy.bias.detach().softmax(0)
     assert ((counts - 2400 * p).square() / (2400 * p)).sum() < 36  # chi-squared, 14 degrees of freedom: one in a thousand
@@ -178,22 +176,21 @@ def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes
     """Its one unroll comes after 67 updates, 3 % of their steps."""
     close, seen = script.ActorPool.close, []
     monkeypatch.setattr(script.ActorPool, "close", lambda pool: seen.append(pool) or close(pool))
-    words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --save-extra-checkpoint 1340 --log-interval 60"
-    run = train("--total-steps", 1360, *words.split())
-    pool, validation = seen
-    saved = script.load_checkpoint(run / "checkpoint_1340.pt", None)["model"]
+    words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --unroll-length 2 --log-interval 60"
+    run = train("--total-steps", 544, "--save-extra-checkpoint", 536, *words.split())
+    validation, pool = seen
+    saved = script.load_checkpoint(run / "checkpoint_536.pt", None)["model"]
     assert all(torch.equal(weight, saved[name]) for name, weight in validation.actors[0].agent.state_dict().items())
     assert not all(torch.equal(weight, saved[name]) for name, weight in pool.actors[0].agent.state_dict().items())
     assert validation.episodes is not pool.episodes
 
 
-def test_a_resumed_run_goes_on_with_weights_and_episodes(train, command):
-    run = train("--total-steps", 20)
+def test_a_resumed_run_goes_on_with_weights_and_episodes(trained, command):
     episodes = {"bigfish": [(5.0, 10)], "fruitbot": [(7.0, 12)]}
-    before = torch.load(run / "checkpoint.pt") | {"episodes": episodes}
-    torch.save(before, run / "checkpoint.pt")
-    command(script, "--resume", run, "--total-steps", 40, "--learning-rate", 0)
-    after = read(run)
+    before = torch.load(trained / "checkpoint.pt") | {"episodes": episodes}
+    torch.save(before, trained / "checkpoint.pt")
+    command(script, "--resume", trained, "--total-steps", 40, "--learning-rate", 0)
+    after = read(trained)
     assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
     assert all(tuple(after["episodes"][game][0]) == episodes[game][0] for game in episodes)
 
@@ -419,29 +416,71 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
 
 
-def test_returns_and_lengths_of_each_game_are_logged(train):
-    run = train("--total-steps", 4000, "--log-interval", 5, "--unroll-length", 50)
-    scalars = log(run)
-    for kind in ("return", "normalized_return", "length"):
-        assert {f"{kind}/bigfish", f"{kind}/fruitbot", f"{kind}/mean"} <= set(scalars)
-    bigfish, fruitbot, mean = (scalars[f"normalized_return/{game}"][-1][1] for game in ("bigfish", "fruitbot", "mean"))
-    assert mean == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
-    assert bigfish == pytest.approx((scalars["return/bigfish"][-1][1] - 1) / 39, rel=1e-5)
+def test_returns_and_lengths_of_each_game_are_logged(trained, command):
+    """Here of episodes that a checkpoint brings along; in the few steps that follow none ends."""
+    episodes = {"bigfish": [(5.0, 10), (3.0, 20)], "fruitbot": [(15.45, 12)]}
+    torch.save(torch.load(trained / "checkpoint.pt") | {"episodes": episodes}, trained / "checkpoint.pt")
+    command(script, "--resume", trained, "--total-steps", 40, "--deterministic")
+    logged = {tag: value for tag, values in log(trained).items() for step, value in values if step == 40}
+    for kind, bigfish, fruitbot in (("return", 4, 15.45), ("length", 15, 12), ("normalized_return", 3 / 39, 0.5)):
+        assert logged[f"{kind}/bigfish"] == pytest.approx(bigfish, rel=1e-5)
+        assert logged[f"{kind}/fruitbot"] == pytest.approx(fruitbot, rel=1e-5)
+        assert logged[f"{kind}/mean"] == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
 
 
 def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(train, monkeypatch):
+    begin = script.Validation.start
+
+    def begin_and_wait(validation):
+        begin(validation)
+        while not validation.full.qsize():  # its first unroll comes before the first update
+            time.sleep(0.01)
+
+    monkeypatch.setattr(script.Validation, "start", begin_and_wait)
     monkeypatch.setattr(script.Episodes, "full", lambda episodes: True)  # which takes long
-    words = "--multi-env None --env leaper --unroll-length 100 --valid-num-levels 5 --valid-start-level 700"
-    run = train(*words.split(), "--total-steps", 4000, "--save-extra-checkpoint", 1000)
+    words = "--multi-env None --env fruitbot --unroll-length 100 --valid-num-levels 5 --valid-start-level 700"
+    run = train(*words.split(), "--total-steps", 1200, "--save-extra-checkpoint", 500)
     scalars = log(run)
     valid = dict(scalars["valid_normalized_return/mean"])
-    assert {"valid_return/leaper", "valid_length/leaper"} <= set(scalars)
+    assert {"valid_return/fruitbot", "valid_length/fruitbot"} <= set(scalars)
     for step, gap in scalars["generalization_gap"]:
         assert gap == pytest.approx(dict(scalars["normalized_return/mean"])[step] - valid[step], abs=1e-5)
     best = script.load_checkpoint(run / "best.pt", None)
     assert best["best"] == pytest.approx(max(valid.values()), abs=1e-5)
     assert best["best"] == pytest.approx(valid[best["step"]], abs=1e-5)
-    assert script.load_checkpoint(run / "checkpoint_1200.pt", None)["step"] == 1200  # the first update to reach 1000
+    assert script.load_checkpoint(run / "checkpoint_800.pt", None)["step"] == 800  # the first update to reach 500
+    assert len(read(run)["valid_episodes"]["fruitbot"]) > 0
+
+
+@pytest.fixture
+def validated(trained):
+    """The folder of a run whose checkpoint knows episodes of its validation."""
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    assert checkpoint["valid_episodes"] == {"bigfish": [], "fruitbot": []}
+    checkpoint["args"]["valid_num_levels"] = 5
+    checkpoint["valid_episodes"] = {"bigfish": [(5.0, 10)] * 3, "fruitbot": [(7.0, 12)]}
+    torch.save(checkpoint, trained / "checkpoint.pt")
+    return trained
+
+
+def test_a_resumed_run_goes_on_with_the_episodes_of_its_validation(validated, command):
+    command(script, "--resume", validated, "--total-steps", 40)
+    episodes = read(validated)["valid_episodes"]
+    assert episodes["bigfish"][:3] == [(5.0, 10)] * 3 and episodes["fruitbot"][0] == (7.0, 12)
+    assert [step for step, _ in log(validated)["valid_return/mean"]] == [40]
+
+
+def test_validation_on_other_levels_begins_without_the_episodes_before(validated, command):
+    command(script, "--resume", validated, "--total-steps", 40, "--valid-start-level", 800)
+    assert (7.0, 12) not in read(validated)["valid_episodes"]["fruitbot"]
+
+
+def test_a_checkpoint_of_a_time_when_validation_s_episodes_were_not_kept_is_resumed(validated, command):
+    checkpoint = torch.load(validated / "checkpoint.pt")
+    del checkpoint["valid_episodes"]
+    torch.save(checkpoint, validated / "checkpoint.pt")
+    command(script, "--resume", validated, "--total-steps", 40)
+    assert read(validated)["step"] == 40
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -467,7 +506,7 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     learner = script.Learner(script.Agent(args), args)
     before = [parameter.clone() for parameter in learner.agent.parameters()]
     engine = script.Engine(valid_args, games, seed=1)
-    validation = script.Validation(args, learner.weights, engine, 1, script.Stop())
+    validation = script.Validation(args, script.Episodes(games), learner.weights, engine, 1, script.Stop())
     validation.start()
     unroll = validation.get()
     validation.close()
@@ -475,14 +514,6 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert (unroll.obs[0].numpy() == envs.observe()[1]["rgb"]).all() and unroll.done[0].all()
     assert {info["level_seed"] for info in envs.get_info()} <= set(range(700, 705))
     assert all(torch.equal(old, new) for old, new in zip(before, learner.agent.parameters()))
-
-
-def test_a_profile_is_a_trace_of_ten_updates(train):
-    run = train("--total-steps", 800, "--profile")
-    (trace,) = run.glob("*.pt.trace.json.gz")
-    names = [event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]]
-    assert sum(name is not None and name.startswith("ProfilerStep#") for name in names) >= 10
-    assert "aten::convolution_backward" in names
 
 
 def test_a_resumed_run_goes_on(train, command):
@@ -514,11 +545,10 @@ def save_with(path, **arguments):
     (lambda path: save_with(path, reward_clipping="sometimes"), "--reward-clipping must be one of abs_one, normalize, none"),
     (lambda path: save_with(path, distribution_mode="exploration"), "--distribution-mode must be one of easy, hard"),
 ])
-def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, train, command, refused, capsys):
-    run = train("--total-steps", 20)
-    damage(run / "checkpoint.pt")
+def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, trained, command, refused, capsys):
+    damage(trained / "checkpoint.pt")
     capsys.readouterr()
-    refused(lambda: command(script, "--resume", run, "--total-steps", 40), expected)
+    refused(lambda: command(script, "--resume", trained, "--total-steps", 40), expected)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, command, refused):
@@ -613,6 +643,7 @@ def test_frames_of_another_type_or_shape_end_the_run(change, expected, train, mo
     assert expected in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_leaves(tmp_path):
     words = "--no-cuda --env maze --num-actors 2 --num-envs 8 --batch-size 8 --log-interval 0.1".split()
 
@@ -635,6 +666,7 @@ def test_a_signal_saves_and_leaves(tmp_path):
         list(pool.map(stop, [signal.SIGINT, signal.SIGTERM]))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_run_whose_learner_still_waits_for_its_first_batch(tmp_path):
     words = "--no-cuda --env maze --num-actors 1 --num-envs 1 --batch-size 1 --unroll-length 20000".split()
     process = subprocess.Popen([sys.executable, ROOT / "impala_procgen_srwm.py", *words], cwd=tmp_path, text=True,
@@ -665,11 +697,10 @@ def test_a_signal_ends_the_wait_for_an_unroll_even_if_its_handler_outlasts_the_w
     signal.signal(signal.SIGALRM, before)
 
 
-def test_momentum_can_be_new_in_a_resumed_run(train, command):
-    run = train("--total-steps", 40)
-    command(script, "--resume", run, "--total-steps", 80, "--momentum", 0.9)
-    checkpoint = read(run)
-    assert checkpoint["step"] == 80 and checkpoint["optimizer"]["state"][0]["momentum_buffer"].abs().max() > 0
+def test_momentum_can_be_new_in_a_resumed_run(trained, command):
+    command(script, "--resume", trained, "--total-steps", 60, "--momentum", 0.9)
+    checkpoint = read(trained)
+    assert checkpoint["step"] == 60 and checkpoint["optimizer"]["state"][0]["momentum_buffer"].abs().max() > 0
 
 
 @pytest.mark.parametrize("words", [

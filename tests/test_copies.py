@@ -1,0 +1,185 @@
+"""A user's copy is the experiment that its text says: a changed CNN, buffers, BatchNorm, dropout."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from test_scripts import SCRIPTS
+from test_training import parts, play
+
+import evaluate
+import impala_procgen_srwm
+import srwm_cuda
+
+INIT = "        self.cnn, self.fc = nn.Sequential(*layers)"
+CONV = "return self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)"
+RESIDUAL = "return x + self.conv1(F.relu(self.conv0(F.relu(x))))"
+CHANGED_CNNS = {
+    "gain of ones": ("INIT", "        self.gain = nn.Parameter(torch.ones(2048))\n", CONV, CONV + " * self.gain"),
+    "branch that starts at zero": ("INIT", "        self.branch = nn.Parameter(torch.zeros(1))\n",
+                                   CONV, CONV + " + self.branch * frames.float().mean()"),
+    "squeeze and excite": (RESIDUAL, "y = self.conv1(F.relu(self.conv0(F.relu(x))))\n"
+                                     "        return x + y * torch.sigmoid(y.mean((2, 3), keepdim=True))"),
+    "buffer that starts at zero": ("INIT", '        self.register_buffer("shift", torch.zeros(2048))\n',
+                                   CONV, CONV + " + self.shift"),
+    "augmentation in training": (CONV, "frames = frames.roll(2, 1) if torch.is_grad_enabled() else frames\n        " + CONV),
+    "detached input": (RESIDUAL, "return x.detach() + self.conv1(F.relu(self.conv0(F.relu(x))))"),
+    "ReLU6": (RESIDUAL, RESIDUAL.replace("F.relu(x)", "F.relu6(x)")),
+    "clamped": (CONV, CONV + ".clamp(-100, 100)"),
+    "rounded": (CONV, CONV + ".mul(1e6).round().div(1e6)"),
+    "leaky": (RESIDUAL, RESIDUAL.replace("F.relu(x)", "F.leaky_relu(x, 0.001)")),
+    "mask of bright pixels": (CONV, CONV.replace("frames.permute", "frames.masked_fill(frames > 250, 0).permute")),
+    "divided by 256": (CONV, CONV.replace("255.0", "256.0")),
+    "subclass": ("self.encoder = Encoder(args)", "self.encoder = type('Mine', (Encoder,), dict(conv=Encoder.conv))(args)"),
+    "layer added later": ("self.encoder = Encoder(args)",
+                          "self.encoder = Encoder(args)\n        self.encoder.cnn.append(nn.Tanh())"),
+    "stride changed later": ("self.encoder = Encoder(args)",
+                             "self.encoder = Encoder(args)\n        self.encoder.cnn[0].stride = 2, 2"),
+    "hook": ("self.encoder = Encoder(args)", "self.encoder = Encoder(args)\n"
+             "        self.encoder.cnn[2].register_forward_hook(lambda module, inputs, output: 2 * output)"),
+    "wider": ("for out in (16, 32, 32)", "for out in (24, 32, 32)"),
+}
+
+
+def kernels_would_run(script):
+    encoder = script.Agent(script.Args(cuda=False, bf16=True)).encoder
+    encoder.kernels = True  # as on a GPU
+    return encoder.fused()
+
+
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_the_kernels_compute_the_cnn_of_the_scripts(stem):
+    script = importlib.import_module(stem)
+    assert kernels_would_run(script)
+    agent = script.Agent(script.Args(cuda=False, bf16=False))
+    frames = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    theirs = srwm_cuda.impala_cnn(frames, *agent.encoder.cnn.parameters())
+    torch.testing.assert_close(theirs, agent.encoder.conv(frames))
+
+
+@pytest.mark.parametrize("change", CHANGED_CNNS.values(), ids=CHANGED_CNNS)
+def test_a_changed_cnn_does_not_run_in_the_kernels(change, own_copy):
+    change = (INIT, change[1] + INIT, *change[2:]) if change[0] == "INIT" else change
+    assert not kernels_would_run(own_copy(*change))
+
+
+def test_a_comment_or_another_model_does_not_keep_the_kernels_from_the_cnn(own_copy):
+    assert kernels_would_run(own_copy(CONV, CONV + "  # 2048 of them", "hidden_size: int = 128", "hidden_size: int = 64"))
+
+
+@pytest.mark.gpu
+def test_a_changed_cnn_trains_on_the_gpu_compiled_and_all_of_it(own_copy, command, tmp_path, capsys):
+    script = own_copy(INIT, "        self.gain = nn.Parameter(torch.ones(2048))\n" + INIT, CONV, CONV + " * self.gain")
+    words = "--cuda --multi-env 2 --num-actors 2 --num-envs 8 --batch-size 8 --total-steps 8000"
+    command(script, *words.split())
+    assert "the CNN: PyTorch, since Encoder was changed" in capsys.readouterr().out
+    (run,) = (tmp_path / "runs").iterdir()
+    gain = script.load_checkpoint(run / "checkpoint.pt", None)["model"]["encoder.gain"]
+    assert (gain != 1).float().mean() > 0.5
+    agent = script.Agent(script.resolve_args(script.Args(cuda=True, bf16=True))[0]).cuda()
+    frames = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8, device="cuda")
+    with torch.no_grad():
+        compiled = agent.encoder(frames)
+        assert agent.encoder.compiled
+        agent.encoder.compiled = None
+        torch.testing.assert_close(compiled, agent.encoder(frames), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_an_unchanged_cnn_is_said_to_run_in_the_kernels(command, capsys):
+    words = "--cuda --multi-env 2 --num-actors 2 --num-envs 8 --batch-size 8 --total-steps 400"
+    command(impala_procgen_srwm, *words.split())
+    assert "the CNN: kernels" in capsys.readouterr().out
+
+
+def test_a_parameter_without_a_gradient_is_named_once(own_copy, train, capsys):
+    train("--total-steps", 60, script=own_copy(INIT, "        self.unused = nn.Parameter(torch.ones(3))\n" + INIT))
+    assert capsys.readouterr().out.count("no gradient reaches encoder.unused\n") == 1
+
+
+INPUT = "h = self.input(torch.cat([features, last_reward], dim=-1))"
+MODES = {
+    "buffer": 'self.register_buffer("core", torch.rand(args.hidden_size))',
+    "BatchNorm": "self.core = nn.BatchNorm1d(args.hidden_size)",
+    "dropout": "self.core = nn.Dropout(0.5)",
+}
+
+
+def copy_with(own_copy, kind):
+    use = INPUT + ("\n        h = h * self.core" if kind == "buffer" else
+                   "\n        h = self.core(h.flatten(0, 1)).unflatten(0, h.shape[:2])")
+    layers = "        self.layers = nn.ModuleList(SRWM"
+    return own_copy(layers, f"        {MODES[kind]}\n{layers}", INPUT, use)
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_the_policy_that_acts_is_the_one_that_v_trace_compares_with(kind, own_copy):
+    """At lag 0 their ratio is 1, also after updates: buffers and averages travel, and actors drop nothing out."""
+    script = copy_with(own_copy, kind)
+    args = script.Args(cuda=False, bf16=False, num_actors=1, num_envs=6, num_servers=1, unroll_length=20, batch_size=6)
+    actor, learner, unroll, _ = parts(args, script=script)
+    for _ in range(3):
+        play(actor, unroll)
+        torch._foreach_copy_(learner.batch.columns(0, 6), unroll.columns(0, 6))
+        statistics, finite = learner.update(args.learning_rate)
+        assert finite and statistics["policy_lag"] == 0
+        assert statistics["vtrace/mean_rho"] == pytest.approx(1, abs=1e-4)
+    for ours, theirs in zip(learner.agent.buffers(), actor.agent.buffers()):
+        actor.pool.weights.fetch(actor.agent)
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_may_have_parts_of_any_shape_and_type_each_with_its_own_bound():
+    agent = torch.nn.Identity()
+    agent.state_bound = 100.0, math.inf, math.inf
+    state = (torch.tensor([[1.0], [200.0], [1.0]]), torch.tensor([500.0, 500.0, torch.nan]),
+             torch.tensor([True, True, True]), torch.tensor([[7, 7]] * 3))
+    assert impala_procgen_srwm.reset_diverged(agent, state) == 2
+    assert [part[0].max().item() for part in state] == [1, 500, True, 7]
+    assert all((part[1:] == 0).all() for part in state)
+
+
+def test_an_optimizer_may_have_two_groups_of_parameters(own_copy, train, command):
+    script = own_copy("torch.optim.RMSprop(self.parameters, self.learning_rate",
+                      "torch.optim.RMSprop([dict(params=self.parameters[:9]), dict(params=self.parameters[9:], momentum=0.5)],"
+                      " self.learning_rate")
+    run = train("--total-steps", 40, script=script)
+    command(script, "--resume", run, "--total-steps", 60)
+    state = script.load_checkpoint(run / "checkpoint.pt", None)["optimizer"]
+    assert len(state["param_groups"]) == 2 and {each["step"].item() for each in state["state"].values()} == {3}
+
+
+def test_averages_are_of_training_alone(own_copy):
+    """Neither a learner's start nor an update that is not finite changes them."""
+    script = copy_with(own_copy, "BatchNorm")
+    args = script.Args(cuda=False, bf16=False, num_actors=1, num_envs=6, num_servers=1, unroll_length=20, batch_size=6)
+    actor, learner, unroll, _ = parts(args, script=script)
+    mean = learner.agent.core.running_mean
+    assert (mean == 0).all() and learner.agent.training and not actor.agent.training
+    play(actor, unroll)
+    torch._foreach_copy_(learner.batch.columns(0, 6), unroll.columns(0, 6))
+    learner.batch.reward.fill_(torch.nan)
+    assert not learner.update(args.learning_rate)[1] and (mean == 0).all()
+    learner.batch.reward.zero_()
+    assert learner.update(args.learning_rate)[1] and (mean != 0).any()
+
+
+def test_a_level_s_return_is_the_same_in_whatever_company_with_batchnorm_too(own_copy, few_slots):
+    script = copy_with(own_copy, "BatchNorm")
+    args = script.Args(cuda=False, bf16=False)
+    agent = script.Agent(args)
+    agent.core.running_mean.normal_()
+    alone = evaluate.play(script, agent, args, [("bigfish", 2)], greedy=False)
+    together = evaluate.play(script, agent, args, [("bigfish", level) for level in range(4)], greedy=False)
+    assert alone[0] == together[2] and agent.core.num_batches_tracked == 0
+
+
+def test_an_episode_begins_without_a_last_reward_in_training_as_in_evaluation():
+    script = impala_procgen_srwm
+    agent = script.Agent(script.Args(cuda=False, bf16=False))
+    obs = torch.randint(0, 256, (1, 2, 64, 64, 3), dtype=torch.uint8)
+    done = torch.tensor([[True, False]])
+    with torch.no_grad():
+        some, none = (agent(obs, torch.full((1, 2), reward), done, agent.initial_state(2))[0][0] for reward in (1.0, 0.0))
+    assert torch.equal(some[0], none[0]) and not torch.equal(some[1], none[1])
