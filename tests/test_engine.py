@@ -117,6 +117,21 @@ def test_a_state_is_carried_from_one_engine_to_another():
     np.testing.assert_array_equal(first.observe()[1]["rgb"], second.observe()[1]["rgb"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", script.GAMES)
+def test_an_episode_goes_on_the_same_in_an_engine_that_its_state_is_carried_to(mode):
+    for game in script.GAMES[mode]:
+        first, second = (make(game, 4, mode, seed=seed) for seed in (1, 99))
+        random = np.random.RandomState(0)
+        for _ in range(60):
+            step(first, *random.randint(0, 15, 4))
+        for n, state in enumerate(first.get_state()):
+            put(second, n, state)
+        for _ in range(60):
+            actions = random.randint(0, 15, 4)
+            assert all(map(np.array_equal, step(first, *actions), step(second, *actions))), game
+
+
 def test_a_state_brings_its_distribution_mode_and_its_levels():
     """So evaluate.py can give an environment a level that its engine was not made for."""
     hard, easy = make("maze", mode="hard", levels=3, start=700, seed=1), make("maze", levels=200, seed=2)
@@ -232,6 +247,22 @@ def test_in_the_six_games_an_episode_does_not_depend_on_the_one_before(game):
         assert all(map(np.array_equal, one, other))
 
 
+@pytest.mark.parametrize("game", SIX)
+def test_a_level_is_the_same_alone_and_among_others(game):
+    alone, among, random = make(game, levels=1, start=7), make(game, levels=20, seed=3), np.random.RandomState(0)
+    while level_seeds(among) != [7]:
+        step(among, -1)
+    np.testing.assert_array_equal(look(alone)[1], look(among)[1])
+    for _ in range(60):
+        action, number = random.randint(0, 15), level_seeds(among)
+        reward, frame, done = step(alone, action)
+        same_reward, same_frame, same_done = step(among, action)
+        assert number == [7] and reward == same_reward and done == same_done
+        if done:
+            break
+        np.testing.assert_array_equal(frame, same_frame)
+
+
 def test_mazes_of_the_test_levels_that_are_training_levels():
     """Whoever walks in them sees the same to the end."""
     tests, trained = each_level("maze", list(SAME_MAZES)), each_level("maze", list(SAME_MAZES.values()))
@@ -256,6 +287,13 @@ def test_leaper_s_score_is_the_share_of_levels_with_at_most_one_lane_of_cars():
     assert np.bincount(lanes).tolist() == [53, 39, 58, 50] and len(solved) == 5
     assert solved[:, lanes <= 1].all() and solved[:, lanes > 1].mean() < 0.02
     assert solved.all(axis=0).sum() == 92 and (~solved.any(axis=0)).sum() == 100
+
+
+def test_a_fifth_of_the_mazes_of_memory_mode_are_smaller_than_the_view():
+    """It shows eight cells. A state of maze ends with the widths of maze and world, and a last word."""
+    states = [make("maze", mode="memory", levels=1, start=n).get_state()[0] for n in range(500)]
+    widths = np.array([int.from_bytes(state[-12:-8], "little") for state in states])
+    assert sorted(set(widths)) == [*range(3, 32, 2)] and (widths <= 7).sum() == 107
 
 
 @pytest.mark.slow
