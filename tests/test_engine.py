@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import impala_procgen_srwm as script
+from benchmarks import blind
 
 ARGS, SIX = script.Args(), script.GAMES["easy"][:6]
 REWARDS_AND_EPISODES = "5cb8f949750934c8"
@@ -22,6 +23,7 @@ DRAWN_DIFFERENTLY = {
     "caveflyer": (53, "0fdfcdf2e43993a2", "965027edf014b0c7"), "climber": (3, "79136949f08b70a3", "10a68adeb874b8fc"),
     "bossfight": (18, "9bad12cbc6ad4cdd", "d1707785a66b87c6"), "jumper": (58, "4b78d34234a032ef", "a14bfcde41d3e806"),
     "miner": (146, "b032c6788123815f", "3a01f074eaf606bd")}
+RESULTS = Path(__file__).parent.parent / "docs/results.md"
 DO_THE_SAME = {  # groups of actions that do the same, as docs/training.md counts them
     "bigfish": [[0], [1], [2], [3], [4, 9, 10, 11, 12, 13, 14], [5], [6], [7], [8]],
     "fruitbot": [[0, 1, 2], [3, 4, 5, 10, 11, 12, 13, 14], [6, 7, 8], [9]],
@@ -294,6 +296,13 @@ def test_a_fifth_of_the_mazes_of_memory_mode_are_smaller_than_the_view():
     states = [make("maze", mode="memory", levels=1, start=n).get_state()[0] for n in range(500)]
     widths = np.array([int.from_bytes(state[-12:-8], "little") for state in states])
     assert sorted(set(widths)) == [*range(3, 32, 2)] and (widths <= 7).sum() == 107
+
+
+def test_a_blind_policy_s_score_is_that_of_the_table_in_the_results():
+    assert blind.play("maze", 0, blind.NOTHING) == (0, LIMITS["maze"])
+    returns = [blind.play("leaper", level, blind.ACTIONS.index("up"))[0] for level in range(200)]
+    (row,) = [line for line in RESULTS.read_text().splitlines() if line.startswith("| leaper |") and "| up |" in line]
+    assert f"| up | {np.mean(returns):.2f} (" in row
 
 
 @pytest.mark.slow
