@@ -193,6 +193,18 @@ def test_actions_that_do_the_same(game):
     assert len({outcomes[group[0]] for group in groups}) == len(groups)
 
 
+def test_in_leaper_the_five_actions_after_a_jump_has_begun_do_nothing():
+    state, envs, outcomes = make("leaper", levels=1, start=30).get_state()[0], make("leaper", 15), []
+    for waited in range(7):
+        for n in range(15):
+            put(envs, n, state)
+        for action in (5, *[4] * waited):
+            step(envs, action)
+        step(envs, *range(15))
+        outcomes.append(len({frame.tobytes() for frame in step(envs, 4)[1]}))
+    assert outcomes == [1, 1, 1, 1, 1, 5, 5]
+
+
 def test_a_time_limit_looks_like_a_death():
     envs = make("maze", levels=1)
     ends = [step(envs, 4)[2][0] for _ in range(LIMITS["maze"])]
