@@ -21,6 +21,7 @@ import hashlib
 import math
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -40,6 +41,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from pydantic import TypeAdapter, ValidationError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
@@ -723,7 +725,11 @@ def resolve_args(given):
 
 
 def command_line(default):
-    return tyro.cli(Args, default=default, description=__doc__)
+    switches = "|".join(field.name.replace("_", "[-_]") for field in fields(Args) if field.type is bool)
+    text = "\0".join(sys.argv[1:])  # --cuda False and --cuda=False, as sweeps write them, are --no-cuda
+    for value, prefix in (("true", ""), ("false", "no-")):
+        text = re.sub(rf"(?<![^\0])--({switches})[=\0]{value}(?![^\0])", rf"--{prefix}\1", text, flags=re.I)
+    return tyro.cli(Args, default=default, args=text.split("\0") if text else [], description=__doc__)
 
 
 def parse_args(launch):
@@ -734,7 +740,7 @@ def parse_args(launch):
         raise ValueError("--resume and --init-from exclude each other")
     if given.init_from is not None:
         checkpoint = load_checkpoint(given.init_from, None)
-        saved = saved_args(checkpoint)
+        saved = from_plain(checkpoint["args"])
         given = command_line(Args(**{field.name: getattr(saved, field.name) for field in fields(ModelArgs)}))
         before = [checkpoint["history"], *checkpoint["before"]]  # what the weights have learned from
         checkpoint = dict(model=checkpoint["model"], before=before)
@@ -743,7 +749,7 @@ def parse_args(launch):
         checkpoint = load_checkpoint(path, SCRIPT)
         if not checkpoint["optimizer"]:
             raise ValueError(f"--resume needs a run, but {path} has only weights: --init-from begins one with them")
-        saved = saved_args(checkpoint)
+        saved = replace(from_plain(checkpoint["args"]), resume=None)
         given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
         for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",
                      "reward_clipping", "carry_state", *(field.name for field in fields(ModelArgs))]:
@@ -757,22 +763,14 @@ def parse_args(launch):
     return given, checkpoint
 
 
-def saved_args(checkpoint):
-    """The arguments that a checkpoint's run was given. Raises ValueError for one that is not allowed."""
-    saved = {name: value for name, value in checkpoint["args"].items() if name in vars(Args())}
-    init_from = Path(saved["init_from"]) if saved.get("init_from") else None
-    args = Args(**saved | dict(resume=None, init_from=init_from))
-    check_values(args)
-    return args
-
-
 def unfinished_run(given):
     """The newest run with these arguments that has steps left and is not in use, now locked, or None."""
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
             with contextlib.suppress(ValueError, OSError):
                 checkpoint = load_checkpoint(path, SCRIPT)
-                if saved_args(checkpoint) == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
+                saved = replace(from_plain(checkpoint["args"]), resume=None)
+                if saved == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
                     lock(path.parent)
                     return path.parent
     return None
@@ -1007,8 +1005,19 @@ def load_weights(agent, checkpoint):
 
 
 def to_plain(args):
-    """The arguments as a dictionary of plain values, which a checkpoint may hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """The arguments as a dictionary of plain values, which a checkpoint may hold. ValueError for a type that has none."""
+    return TypeAdapter(Args).dump_python(args, mode="json")
+
+
+def from_plain(plain):
+    """The arguments again; names that are none any more are left out. ValueError for a value that is not allowed."""
+    try:
+        args = TypeAdapter(Args).validate_python({name: plain[name] for name in plain.keys() & vars(Args()).keys()})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ValueError(f"--{wrong['loc'][0].replace('_', '-')}: {wrong['msg']}, got {wrong['input']}") from None
+    check_values(args)
+    return args
 
 
 def make_agent(args, checkpoint):

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,46 @@ def test_an_optimizer_may_have_two_groups_of_parameters(own_copy, train, command
     command(script, "--resume", run, "--total-steps", 60)
     state = script.load_checkpoint(run / "checkpoint.pt", None)["optimizer"]
     assert len(state["param_groups"]) == 2 and {each["step"].item() for each in state["state"].values()} == {3}
+
+
+ARGUMENTS = """    data: Path | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    colour: Colour = Colour.RED
+    more: More = field(default_factory=More)
+    carry_state: bool = True"""
+TYPES = """class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclass
+class More:
+    x: float = 1.0
+    files: tuple[Path, ...] = ()
+
+
+@dataclass
+class EnvironmentArgs:"""
+
+
+def test_arguments_of_a_copy_of_any_type_come_back_from_a_checkpoint(own_copy, train):
+    script = own_copy("@dataclass\nclass EnvironmentArgs:", TYPES, "    carry_state: bool = True", ARGUMENTS,
+                      "import contextlib\n", "import contextlib\nimport enum\n",
+                      "from dataclasses import dataclass,", "from dataclasses import dataclass, field,")
+    words = "--data a/b --sizes 3 4 5 --colour BLUE --more.x 2 --more.files a b --save-extra-checkpoint 20".split()
+    run = train("--total-steps", 40, *words, script=script)
+    saved = script.load_checkpoint(run / "checkpoint.pt", None)["args"]
+    args = script.from_plain(saved)
+    assert (args.data, args.sizes, args.colour) == (Path("a/b"), (3, 4, 5), script.Colour.BLUE)
+    assert args.more == script.More(2.0, (Path("a"), Path("b")))
+    shutil.copy(run / "checkpoint_20.pt", run / "checkpoint.pt")  # as of an unfinished run
+    assert train("--total-steps", 40, *words, "--resume", "auto", script=script) is None  # no new one
+    assert script.load_checkpoint(run / "checkpoint.pt", None)["step"] == 40
+
+
+def test_an_argument_of_a_copy_that_a_checkpoint_cannot_hold_is_refused(own_copy, command, refused):
+    script = own_copy("    carry_state: bool = True", "    carry_state: bool = True\n    unit: complex = 1j")
+    refused(lambda: command(script, "--no-cuda"), "unit")
 
 
 def test_averages_are_of_training_alone(own_copy):
