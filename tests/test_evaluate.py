@@ -356,6 +356,7 @@ def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(trained, sco
     assert "normalized" in printed.out
 
 
+@pytest.mark.slow
 def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, score, capsys):
     run = train("--total-steps", 20, "--valid-num-levels", 9)
     (run / "best.pt").write_bytes((run / "checkpoint.pt").read_bytes())

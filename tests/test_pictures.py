@@ -53,6 +53,7 @@ def test_a_gif_has_as_many_colors_as_its_bytes_allow(tmp_path, monkeypatch):
         assert (tmp_path / "out.gif").stat().st_size <= most
 
 
+@pytest.mark.slow
 def test_a_film_shows_the_episodes_that_are_scored(policy):
     game, returns = pictures.Game("fruitbot", evaluate.Split(8, 3, "test"), policy, 1, evaluate.make_level), []
     while len(returns) < 3:
@@ -125,6 +126,7 @@ def drawn(monkeypatch):
     return axes
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_long_names_of_models_leave_the_curves_their_room(train, score, drawn):
     runs = [train("--total-steps", 20, "--entropy-cost", cost, "--reward-clipping", clipping, "--discounting", 1 - cost)

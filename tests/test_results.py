@@ -204,6 +204,7 @@ def test_a_release_is_the_weights_alone_and_its_scores_beside_it(scored, release
     assert scores == [json.loads(path.read_text()) for path in sorted(scored.glob("evaluation*"))]
 
 
+@pytest.mark.slow
 def test_weights_alone_are_scored_like_their_run_and_leave_their_folder_alone(scored, released, score):
     before = {path: path.read_bytes() for path in released.parent.iterdir()}
     score(released, "--splits", "1000", "--num-levels", 1)
@@ -213,12 +214,14 @@ def test_weights_alone_are_scored_like_their_run_and_leave_their_folder_alone(sc
     assert ours["games"] == theirs["games"]
 
 
+@pytest.mark.slow
 def test_weights_alone_begin_a_new_run(released, train):
     run = train("--total-steps", 20, "--init-from", released, "--learning-rate", 0)
     new, old = (torch.load(path)["model"] for path in (run / "checkpoint.pt", released))
     assert all((new[name] == tensor).all() for name, tensor in old.items())
 
 
+@pytest.mark.slow
 def test_weights_alone_are_no_run_that_could_go_on(released, command, refused):
     refused(lambda: command(impala_procgen_srwm, "--resume", released), "--resume needs a run", "--init-from")
 
@@ -230,6 +233,7 @@ def replay(path):
     return evaluate.play(run.script, run.agent, run.args, list(zip(*levels))).tolist(), list(stored)
 
 
+@pytest.mark.slow
 def test_a_release_keeps_returns_that_its_weights_get_again(released, monkeypatch, few_slots):
     monkeypatch.setattr(results, "NUM_STEPS", 250)
     levels = results.play_levels(released)
@@ -244,6 +248,7 @@ def test_a_pretrained_agent_gets_the_returns_that_stand_beside_it(path, few_slot
     assert now == stored and len(stored) > 0 and path.stat().st_size <= 5e6
 
 
+@pytest.mark.slow
 def test_the_page_of_results_is_made_of_the_files_beside_it(command, monkeypatch):
     monkeypatch.setattr(results.pictures, "plot", lambda *anything: None)
     shutil.copytree(ROOT / "results", "results")

@@ -125,6 +125,7 @@ def test_one_script_and_evaluate_are_enough(train, tmp_path):
     assert end.returncode == 0 and "lstm" in end.stdout, end.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command, capsys, tmp_path):
     """Its folder has a copy; a change is told when it is resumed or scored, and makes another model."""
     first = train("--total-steps", 20, script=own_copy("return h + self.out", "return 1 * h + self.out"))

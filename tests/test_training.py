@@ -428,6 +428,7 @@ def test_returns_and_lengths_of_each_game_are_logged(trained, command):
         assert logged[f"{kind}/mean"] == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(train, monkeypatch):
     begin = script.Validation.start
 
