@@ -9,6 +9,7 @@ import torch
 
 import evaluate
 import impala_procgen_srwm
+from reporting import playing
 
 gc.freeze()  # modules are no garbage, and need not be looked through at each collection
 torch.set_num_threads(1)  # batches are small here: a second thread waits more than it computes
@@ -114,13 +115,14 @@ def trained(trained_once, command, tmp_path):
 @pytest.fixture
 def few_slots(monkeypatch):
     """Four environments for each thread of evaluate.py, in two vectors: small batches, and levels that have to wait."""
-    monkeypatch.setattr(evaluate, "SLOTS", {"cpu": 4, "cuda": 4})
-    monkeypatch.setattr(evaluate, "VECTOR", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr(playing, "SLOTS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(playing, "VECTOR", {"cpu": 2, "cuda": 2})
 
 
 @pytest.fixture
 def score(command, few_slots):
-    return lambda *words: command(evaluate, *words, "--no-cuda")
+    """Runs evaluate.py, in float32, whatever this machine would choose."""
+    return lambda *words: command(evaluate, "--no-cuda", "--bf16", "False", *words)
 
 
 @pytest.fixture

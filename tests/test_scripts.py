@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
 import impala_procgen_srwm
+from reporting import playing, runs
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [f"impala_procgen_{name}" for name in ("delta", "fake_sr", "ff", "lstm", "sr_delta", "srwm")]
@@ -83,8 +83,8 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     copy = apply(diff, Path(impala_procgen_srwm.__file__).read_text())
     (tmp_path / "my_ablation.py").write_text(copy)
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    script = evaluate.import_script("my_ablation.py")
+    monkeypatch.setattr(runs, "HOME", tmp_path)
+    script = runs.import_script("my_ablation.py")
     run = train("--total-steps", 60, script=script)
     assert "layers.0.gate.weight" in torch.load(run / "checkpoint.pt")["model"]
     assert run.name.startswith("my_ablation__1__")
@@ -96,13 +96,13 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
 @pytest.fixture
 def own_copy(monkeypatch, tmp_path):
     """Writes my_ablation.py, the SRWM script with one thing changed, beside which evaluate.py is looked for. Imports it."""
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    monkeypatch.setattr(runs, "HOME", tmp_path)
 
     def write(old, new):
         text = Path(impala_procgen_srwm.__file__).read_text()
         assert text.count(old) == 1
         (tmp_path / "my_ablation.py").write_text(text.replace(old, new))
-        return evaluate.import_script("my_ablation.py")
+        return runs.import_script("my_ablation.py")
 
     return write
 
@@ -111,9 +111,9 @@ def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
     options = dict(use_backgrounds=False, restrict_themes=True)
     script = own_copy("rand_seed=seed % 2**31,", "rand_seed=seed % 2**31, use_backgrounds=False, restrict_themes=True,")
     args = script.Args(cuda=False)
-    mine = evaluate.make_level(script, args, "starpilot", 3).observe()[1]["rgb"]
+    mine = playing.make_level(script, args, "starpilot", 3).observe()[1]["rgb"]
     engine = script.ProcgenGym3Env(1, "starpilot", num_levels=1, start_level=3, distribution_mode="easy", **options)
-    usual = evaluate.make_level(impala_procgen_srwm, args, "starpilot", 3).observe()[1]["rgb"]
+    usual = playing.make_level(impala_procgen_srwm, args, "starpilot", 3).observe()[1]["rgb"]
     assert (mine == engine.observe()[1]["rgb"]).all() and not (mine == usual).all()
 
 
