@@ -148,7 +148,8 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
     capsys.readouterr()
     score(first, second, "--num-levels", 1)
     out, error = capsys.readouterr()
-    assert error.count(f"note: my_ablation.py has changed since it trained {first}/checkpoint.pt") == 1 == error.count("note")
+    note = f"note: my_ablation.py has changed since {first}/checkpoint.pt was trained"
+    assert error.count(note) == 1 == error.count("note")
     assert len(set(re.findall("my_ablation code ([0-9a-f]{8})", out))) == 2
     assert (first / "my_ablation.py").read_text() == text
     command(script, "--resume", first, "--total-steps", 40)
