@@ -321,8 +321,10 @@ class Weights:
 
     @torch.no_grad()
     def restore(self):
-        """Gives the learner's agent what was published last."""
-        torch._foreach_copy_(self.tensors, self.rows[self.version % 8][0])
+        """Gives the learner's buffers what was published last."""
+        for tensor, published in zip(self.tensors, self.rows[self.version % 8][0]):
+            if not isinstance(tensor, nn.Parameter):
+                tensor.copy_(published)
 
     def attach(self, agent):
         """Gives an agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
@@ -645,7 +647,8 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 def check_values(args):
     """Raises ValueError for a number that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
-    always_positive, at_most_one = ("epsilon", "grad_norm_clipping", "total_steps"), ("discounting", "alpha", "momentum")
+    always_positive = ("epsilon", "grad_norm_clipping", "total_steps")
+    at_most_one = ("discounting", "alpha", "momentum")
     for name, value in vars(args).items():
         if type(value) in (int, float):
             positive = type(value) is int and name not in may_be_zero or name in always_positive
@@ -1005,8 +1008,11 @@ def load_weights(agent, checkpoint):
 
 
 def to_plain(args):
-    """The arguments as a dictionary of plain values, which a checkpoint may hold. ValueError for a type that has none."""
-    return TypeAdapter(Args).dump_python(args, mode="json")
+    """The arguments as a dictionary of plain values. Raises ValueError for a type that has none."""
+    try:
+        return TypeAdapter(Args).dump_python(args, mode="json")
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"a checkpoint cannot hold these arguments: {str(error).splitlines()[0]}") from None
 
 
 def from_plain(plain):

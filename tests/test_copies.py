@@ -10,9 +10,9 @@ import torch
 from test_scripts import SCRIPTS
 from test_training import parts, play
 
-import evaluate
 import impala_procgen_srwm
 import srwm_cuda
+from reporting import playing
 
 INIT = "        self.cnn, self.fc = nn.Sequential(*layers)"
 CONV = "return self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)"
@@ -188,8 +188,10 @@ def test_arguments_of_a_copy_of_any_type_come_back_from_a_checkpoint(own_copy, t
 
 
 def test_an_argument_of_a_copy_that_a_checkpoint_cannot_hold_is_refused(own_copy, command, refused):
-    script = own_copy("    carry_state: bool = True", "    carry_state: bool = True\n    unit: complex = 1j")
-    refused(lambda: command(script, "--no-cuda"), "unit")
+    unit = "class Unit:\n    def __init__(self, x: int = 1):\n        self.x = x\n\n\n@dataclass\nclass EnvironmentArgs:\n"
+    script = own_copy("@dataclass\nclass EnvironmentArgs:\n", unit + "    unit: Unit = field(default_factory=Unit)\n",
+                      "from dataclasses import dataclass,", "from dataclasses import dataclass, field,")
+    refused(lambda: command(script, "--no-cuda", "--total-steps", 1), "error: a checkpoint cannot hold these arguments: ")
 
 
 def test_averages_are_of_training_alone(own_copy):
@@ -212,8 +214,8 @@ def test_a_level_s_return_is_the_same_in_whatever_company_with_batchnorm_too(own
     args = script.Args(cuda=False, bf16=False)
     agent = script.Agent(args)
     agent.core.running_mean.normal_()
-    alone = evaluate.play(script, agent, args, [("bigfish", 2)], greedy=False)
-    together = evaluate.play(script, agent, args, [("bigfish", level) for level in range(4)], greedy=False)
+    alone = playing.play(script, agent, args, [("bigfish", 2)], greedy=False)
+    together = playing.play(script, agent, args, [("bigfish", level) for level in range(4)], greedy=False)
     assert alone[0] == together[2] and agent.core.num_batches_tracked == 0
 
 
