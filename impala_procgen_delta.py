@@ -116,15 +116,17 @@ class Encoder(nn.Module):
 
     def fused(self):
         """Whether the kernels compute the CNN: where they can run, and only as this text says and makes it."""
-        if not self.kernels or str(self.cnn) != self.built:
-            return False
-        return srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
+        same = str(self.cnn) == self.built if self.kernels else False
+        return same and srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters()) if self.fused() else (self.compiled or self.conv)(frames)
+            if self.fused():
+                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
+            else:
+                x = (self.compiled or self.conv)(frames)
             return F.relu(self.fc(F.relu(x))).float()
 
     def conv(self, frames):
@@ -513,8 +515,8 @@ class Learner:
         values, bootstrap_value = values[:-1], values[-1].detach()
         log_pi = logits[:-1].log_softmax(-1)
         log_acting = acting_logits.log_softmax(-1) if self.modes_differ else log_pi.detach()  # pi as actors would act
-        log_pi_action, log_acting_action, log_mu_action = (
-            x.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for x in (log_pi, log_acting, batch.logits.log_softmax(-1)))
+        policies, action = (log_pi, log_acting, batch.logits.log_softmax(-1)), batch.action[..., None]
+        log_pi_action, log_acting_action, log_mu_action = (x.gather(-1, action)[..., 0] for x in policies)
         log_rhos = log_acting_action - log_mu_action  # (T, B)
         rewards = batch.reward[1:]  # after each action
         rewards = rewards.clamp(-1, 1) if args.reward_clipping == "abs_one" else rewards * batch.reward_scale
@@ -576,9 +578,7 @@ def train(run, stop):
     args = run.args
     with run.parts:  # which are closed in the end, the last first
         learner = run.learner = Learner(run.agent, args, run.optimizer_state)
-        # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
-        # (actors + 1) x environments / batch updates old, 26 with 8 x 90 and batches of 32, and on average half of that.
-        num_unrolls = args.num_actors + 1
+        num_unrolls = args.num_actors + 1  # weights that acted are at most this x environments / batch updates old
         pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop, num_unrolls)
         run.parts.callback(pool.close)
         run.open(pool, stop)
