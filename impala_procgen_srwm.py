@@ -21,6 +21,7 @@ import hashlib
 import math
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -40,6 +41,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from pydantic import TypeAdapter, ValidationError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
@@ -114,15 +116,17 @@ class Encoder(nn.Module):
 
     def fused(self):
         """Whether the kernels compute the CNN: where they can run, and only as this text says and makes it."""
-        if not self.kernels or str(self.cnn) != self.built:
-            return False
-        return srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
+        same = str(self.cnn) == self.built if self.kernels else False
+        return same and srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
             return torch.cat([self(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters()) if self.fused() else (self.compiled or self.conv)(frames)
+            if self.fused():
+                x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
+            else:
+                x = (self.compiled or self.conv)(frames)
             return F.relu(self.fc(F.relu(x))).float()
 
     def conv(self, frames):
@@ -321,8 +325,10 @@ class Weights:
 
     @torch.no_grad()
     def restore(self):
-        """Gives the learner's agent what was published last."""
-        torch._foreach_copy_(self.tensors, self.rows[self.version % 8][0])
+        """Gives the learner's buffers what was published last."""
+        for tensor, published in zip(self.tensors, self.rows[self.version % 8][0]):
+            if not isinstance(tensor, nn.Parameter):
+                tensor.copy_(published)
 
     def attach(self, agent):
         """Gives an agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
@@ -511,8 +517,8 @@ class Learner:
         values, bootstrap_value = values[:-1], values[-1].detach()
         log_pi = logits[:-1].log_softmax(-1)
         log_acting = acting_logits.log_softmax(-1) if self.modes_differ else log_pi.detach()  # pi as actors would act
-        log_pi_action, log_acting_action, log_mu_action = (
-            x.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) for x in (log_pi, log_acting, batch.logits.log_softmax(-1)))
+        policies, action = (log_pi, log_acting, batch.logits.log_softmax(-1)), batch.action[..., None]
+        log_pi_action, log_acting_action, log_mu_action = (x.gather(-1, action)[..., 0] for x in policies)
         log_rhos = log_acting_action - log_mu_action  # (T, B)
         rewards = batch.reward[1:]  # after each action
         rewards = rewards.clamp(-1, 1) if args.reward_clipping == "abs_one" else rewards * batch.reward_scale
@@ -574,9 +580,7 @@ def train(run, stop):
     args = run.args
     with run.parts:  # which are closed in the end, the last first
         learner = run.learner = Learner(run.agent, args, run.optimizer_state)
-        # An unroll for each actor and one to learn from bound memory and the policy lag: weights that acted are at most
-        # (actors + 1) x environments / batch updates old, 26 with 8 x 90 and batches of 32, and on average half of that.
-        num_unrolls = args.num_actors + 1
+        num_unrolls = args.num_actors + 1  # weights that acted are at most this x environments / batch updates old
         pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop, num_unrolls)
         run.parts.callback(pool.close)
         run.open(pool, stop)
@@ -645,7 +649,8 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 def check_values(args):
     """Raises ValueError for a number that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
-    always_positive, at_most_one = ("epsilon", "grad_norm_clipping", "total_steps"), ("discounting", "alpha", "momentum")
+    always_positive = ("epsilon", "grad_norm_clipping", "total_steps")
+    at_most_one = ("discounting", "alpha", "momentum")
     for name, value in vars(args).items():
         if type(value) in (int, float):
             positive = type(value) is int and name not in may_be_zero or name in always_positive
@@ -725,7 +730,11 @@ def resolve_args(given):
 
 
 def command_line(default):
-    return tyro.cli(Args, default=default, description=__doc__)
+    switches = "|".join(field.name.replace("_", "[-_]") for field in fields(Args) if field.type is bool)
+    text = "\0".join(sys.argv[1:])  # --cuda False and --cuda=False, as sweeps write them, are --no-cuda
+    for value, prefix in (("true", ""), ("false", "no-")):
+        text = re.sub(rf"(?<![^\0])--({switches})[=\0]{value}(?![^\0])", rf"--{prefix}\1", text, flags=re.I)
+    return tyro.cli(Args, default=default, args=text.split("\0") if text else [], description=__doc__)
 
 
 def parse_args(launch):
@@ -736,7 +745,7 @@ def parse_args(launch):
         raise ValueError("--resume and --init-from exclude each other")
     if given.init_from is not None:
         checkpoint = load_checkpoint(given.init_from, None)
-        saved = saved_args(checkpoint)
+        saved = from_plain(checkpoint["args"])
         given = command_line(Args(**{field.name: getattr(saved, field.name) for field in fields(ModelArgs)}))
         before = [checkpoint["history"], *checkpoint["before"]]  # what the weights have learned from
         checkpoint = dict(model=checkpoint["model"], before=before)
@@ -745,7 +754,7 @@ def parse_args(launch):
         checkpoint = load_checkpoint(path, SCRIPT)
         if not checkpoint["optimizer"]:
             raise ValueError(f"--resume needs a run, but {path} has only weights: --init-from begins one with them")
-        saved = saved_args(checkpoint)
+        saved = replace(from_plain(checkpoint["args"]), resume=None)
         given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
         for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels", "start_level",
                      "reward_clipping", "carry_state", *(field.name for field in fields(ModelArgs))]:
@@ -759,22 +768,14 @@ def parse_args(launch):
     return given, checkpoint
 
 
-def saved_args(checkpoint):
-    """The arguments that a checkpoint's run was given. Raises ValueError for one that is not allowed."""
-    saved = {name: value for name, value in checkpoint["args"].items() if name in vars(Args())}
-    init_from = Path(saved["init_from"]) if saved.get("init_from") else None
-    args = Args(**saved | dict(resume=None, init_from=init_from))
-    check_values(args)
-    return args
-
-
 def unfinished_run(given):
     """The newest run with these arguments that has steps left and is not in use, now locked, or None."""
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
             with contextlib.suppress(ValueError, OSError):
                 checkpoint = load_checkpoint(path, SCRIPT)
-                if saved_args(checkpoint) == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
+                saved = replace(from_plain(checkpoint["args"]), resume=None)
+                if saved == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
                     lock(path.parent)
                     return path.parent
     return None
@@ -1009,8 +1010,22 @@ def load_weights(agent, checkpoint):
 
 
 def to_plain(args):
-    """The arguments as a dictionary of plain values, which a checkpoint may hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """The arguments as a dictionary of plain values. Raises ValueError for a type that has none."""
+    try:
+        return TypeAdapter(Args).dump_python(args, mode="json")
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"a checkpoint cannot hold these arguments: {str(error).splitlines()[0]}") from None
+
+
+def from_plain(plain):
+    """The arguments again; names that are none any more are left out. ValueError for a value that is not allowed."""
+    try:
+        args = TypeAdapter(Args).validate_python({name: plain[name] for name in plain.keys() & vars(Args()).keys()})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ValueError(f"--{wrong['loc'][0].replace('_', '-')}: {wrong['msg']}, got {wrong['input']}") from None
+    check_values(args)
+    return args
 
 
 def make_agent(args, checkpoint):

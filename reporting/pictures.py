@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import srwm_cuda
+from reporting.playing import FPS, Game
 
-FPS, SECONDS = 15, 30  # of the film; the former is the speed at which people play ProcGen
+SECONDS = 30  # of a film
 HUMAN = 512  # pixels, width and height of a picture for people
 SIZES = {".mp4": (512, 32), ".gif": (128, 16)}  # pixels that a game takes in a film, and of the line above it
 GIF_EVERY, GIF_BYTES = 3, 3_000_000  # which of the pictures it shows; the most that it may have
@@ -38,8 +38,7 @@ def check(args):
                 raise ValueError(f"--{name} must end in {' or '.join(endings)}, got {target}")
             if not target.parent.is_dir():
                 raise ValueError(f"--{name} must be in a folder that exists, got {target}")
-            if name != "video" and importlib.util.find_spec("matplotlib") is None:
-                raise ValueError(f"--{name} needs matplotlib: pip install matplotlib")
+            check_packages(f"--{name}", *["matplotlib"] * (name != "video"))
             if target.suffix == ".mp4" and find_ffmpeg() is None:
                 raise ValueError(f"--{name} needs the program ffmpeg for .mp4; it writes .gif without")
             existed = target.exists()
@@ -52,6 +51,13 @@ def check(args):
                 target.unlink()
 
 
+def check_packages(what, *modules):
+    """Raises ValueError if one of these is missing, or Pillow, which all pictures need."""
+    for module, package in (("PIL", "pillow"), *((module, module) for module in modules)):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{what} needs {package}: pip install {package}")
+
+
 def find_ffmpeg():
     """The path of ffmpeg: the system's, or that inside imageio-ffmpeg. gym3 wants a version of the latter that needs an
     old setuptools when it is imported, so that it is not."""
@@ -60,53 +66,12 @@ def find_ffmpeg():
     return shutil.which("ffmpeg") or (bundled[0] if bundled else None)
 
 
-class Game:
-    """Plays levels of one game in a slot of a policy, one after the other."""
-
-    def __init__(self, name, split, policy, slot, make_level, **options):
-        self.name, self.split, self.policy, self.slot, self.number = name, split, policy, slot, -1
-        self.make = lambda level: make_level(policy.script, policy.args, name, level, **options)
-        self.begin()
-
-    def begin(self):
-        """Begins the next level of the split."""
-        self.number = (self.number + 1) % self.split.count
-        self.level, self.total = self.split.first + self.number, 0.0
-        self.ended, self.pause = False, FPS  # pictures for which the end stays
-        self.env = self.make(self.level)
-        self.policy.begin_episode(self.slot, self.name, self.level)
-        self.show(self.env.observe()[1])
-
-    def show(self, obs):
-        """Keeps what there is to see: for the agent, and for people if the environment was made to."""
-        self.frame = obs["rgb"][0]
-        self.picture = self.env.get_info()[0].get("rgb", self.frame).copy()
-        self.policy.frames[self.slot] = self.frame
-
-    def step(self, actions):
-        """Acts. Returns the reward. At an episode's end the last picture stays: procgen shows the next one already."""
-        self.env.act(actions[self.slot : self.slot + 1])
-        reward, obs, ended = self.env.observe()
-        self.policy.reward[self.slot], self.ended = reward[0], bool(ended[0])
-        self.total += float(reward[0])
-        if not self.ended:
-            self.show(obs)
-        return float(reward[0])
-
-    def advance(self, actions):
-        """The next picture of a film: a step, or for a second the end of the episode, and then the next level."""
-        if not self.ended:
-            self.step(actions)
-        elif self.pause > 1:
-            self.pause -= 1
-        else:
-            self.begin()
-
-
-def film(run, policy, make_level, target):
+def film(run, policy, target):
     """Writes half a minute in which the agent plays all games side by side, level after level."""
+    from PIL import Image, ImageDraw, ImageFont
+
     torch.set_num_threads(1)  # as when the agent is scored, so that these are the same episodes
-    games = [Game(name, run.splits[0], policy, slot, make_level, render_mode="rgb_array")
+    games = [Game(name, run.splits[0], policy, slot, render_mode="rgb_array")
              for slot, name in enumerate(run.games)]
     tile, caption = SIZES[target.suffix]
     font, columns = ImageFont.load_default(caption * 5 // 8), math.ceil(math.sqrt(len(games)))
@@ -133,6 +98,8 @@ def film(run, policy, make_level, target):
 def write_gif(pictures, target):
     """Writes some of the pictures, in as many colors as the bytes allow. They have one palette, so that what stands
     still is stored once."""
+    from PIL import Image
+
     pictures = list(itertools.islice(pictures, 0, None, GIF_EVERY))
     sample = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::10]]))
     for colors in GIF_COLORS:
@@ -204,7 +171,8 @@ def plot(runs, rows, scalars, target):
 
 def draw_panels(figure, across, panels, found, colors):
     """For each (title, tag, rows) learning curves and, on the same scale, scores. Returns the axes of the latter."""
-    pairs = figure.subplots(-(-len(panels) // across), 2 * across, squeeze=False, width_ratios=(2, 1) * across).reshape(-1, 2)
+    rows = math.ceil(len(panels) / across)
+    pairs = figure.subplots(rows, 2 * across, squeeze=False, width_ratios=(2, 1) * across).reshape(-1, 2)
     for (left, right), (title, tag, rows) in zip(pairs, panels):
         draw_curves(left, found, tag, colors)
         left.set_title(title, loc="left")
@@ -286,11 +254,11 @@ def check_probe(run):
         raise ValueError(f"--probe needs a run whose layers call srwm_cuda.srwm; those of {run.about['script']} do not")
 
 
-def probe(run, policy, make_level, target):
+def probe(run, policy, target):
     """Plays the first level of the first game, and draws for each self-referential layer the four learning rates that
     it chooses at each step, and how far its matrix has moved from where it began."""
     torch.set_num_threads(1)
-    game = Game(run.games[0], run.splits[0], policy, 0, make_level)
+    game = Game(run.games[0], run.splits[0], policy, 0)
     steps, frames, rewards = [], [], []
     while not game.ended:
         actions, layers = record(policy.act, run.script)

@@ -7,7 +7,6 @@
                                                          weights alone, and their scores beside them in srwm.json
 """
 
-import contextlib
 import csv
 import functools
 import io
@@ -22,14 +21,24 @@ import numpy as np
 import torch
 import tyro
 
-import evaluate
-from reporting import pictures, tables
+if not __package__:  # started by its path, in whatever folder
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+from reporting import pictures, playing, tables  # noqa: E402
+from reporting.runs import (  # noqa: E402
+    Choice,
+    Split,
+    commands,
+    import_script,
+    load_run,
+    read_record,
+    script_of,
+    with_history,
+)
 
 RESULTS, POINTS = Path("results"), 200  # of a learning curve
 MAX_BYTES = 5_000_000  # of weights alone
 FIRST_LEVEL, NUM_LEVELS, NUM_STEPS = 1000, 5, 250  # a release keeps the returns of the short episodes among so many
-RECORD = set("run file script code flags init_from trained_games seed step validation bf16 distribution_mode start_level "
-             "num_levels column greedy action_seed games mean".split())  # what evaluate.py writes of a split
 NOISE = 1e-5  # relative, in weights: more than machines differ by
 
 Scored = namedtuple("Scored", "path records model")  # a run, as reporting.tables wants it
@@ -41,7 +50,7 @@ def load(folder, file="checkpoint"):
     path = folder / f"{file}.pt"
     if not path.is_file():
         raise ValueError(f"runs must be folders with a {path.name}, got {folder}")
-    checkpoint = evaluate.import_script(evaluate.script_of(path)).load_checkpoint(path, None)
+    checkpoint = import_script(script_of(path)).load_checkpoint(path, None)
     found = {path.name: read_record(path) for path in sorted(folder.glob("evaluation_*.json"))}
     records = {name: record for name, record in found.items() if record["file"] == file}
     for name in [name for name, record in records.items() if record["step"] != checkpoint["step"]]:
@@ -51,21 +60,6 @@ def load(folder, file="checkpoint"):
         raise ValueError(f"{path} has no scores of step {checkpoint['step']:,} yet: "
                          f"python evaluate.py {path} --splits paper")
     return checkpoint, records
-
-
-def read_record(path):
-    """What evaluate.py wrote to this file. Raises ValueError for anything else."""
-    with contextlib.suppress(json.JSONDecodeError, UnicodeError):
-        record = json.loads(path.read_text())
-        whole = isinstance(record, dict) and RECORD <= record.keys()
-        if whole and all(isinstance(ancestor, dict) for ancestor in record["init_from"]):  # once they were names
-            return record
-    raise ValueError(f"{path} is not a whole record of evaluate.py")
-
-
-def command_of(record):
-    """What to type to repeat the run."""
-    return " ".join(["python", record["script"], *record["flags"].values()])
 
 
 def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
@@ -82,8 +76,9 @@ def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
         kept.mkdir(parents=True, exist_ok=True)
         for old in kept.glob("evaluation_*.json"):
             old.unlink()
-        arguments = {name: checkpoint.get(name) for name in ("script", "step", "args", "history", "before")}
-        write_json(kept / "arguments.json", dict(command=command_of(next(iter(records.values())))) | arguments)
+        typed = commands(checkpoint, import_script(checkpoint["script"]), kept.name)
+        arguments = {name: with_history(checkpoint)[name] for name in ("script", "step", "args", "history", "before")}
+        write_json(kept / "arguments.json", dict(commands=typed) | arguments)
         for name, record in records.items():
             write_json(kept / name, record)
         write_curve(kept / "curve.csv", pictures.curves(run))
@@ -131,12 +126,13 @@ def disjoint(splits):
 
 def tables_of(folders):
     """The runs that are kept in these folders, {what was played: [Scored]}: those that fit into one table."""
+    same = {code: group["codes"][0] for group in same_versions() for code in group["codes"]}
     found = {}
     for folder in folders:
         by_setting = {}
         for path in sorted(folder.glob("evaluation_*.json")):
             record = read_record(path)
-            record["code"] = ""  # versions of a script that differ in no flag are one model here
+            record["code"] = same.get(record["code"], record["code"])
             actions = "greedy" if record["greedy"] else f"sampled {record['action_seed']}"
             setting = (record["distribution_mode"], actions, tuple(record["games"]), record["bf16"])
             by_setting.setdefault(setting, []).append((record["start_level"], record["num_levels"], path, record))
@@ -146,8 +142,18 @@ def tables_of(folders):
             found.setdefault((*setting, levels), []).append((folder, [record for *_, record in splits]))
     for setting, runs in found.items():
         names = tables.name_models([records[0] for _, records in runs])
-        found[setting] = [Scored(*run, name) for run, name in zip(runs, names)]
+        scored = [Scored(*run, name) for run, name in zip(runs, names)]
+        found[setting], repeated = tables.one_of_each_seed(scored, [records[0] for _, records in runs])
+        for run in repeated:
+            print(f"note: left out, {run.path} has a seed of {run.model} that is there already: "
+                  f"{run.records[0]['seed']}", file=sys.stderr)
     return found
+
+
+def same_versions():
+    """The versions of scripts that count as one: [{"codes": [...], "why": ...}], which somebody has compared."""
+    path = RESULTS / "versions.json"
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def best_first(runs):
@@ -162,19 +168,20 @@ def best_first(runs):
 
 def report():
     """Makes tables and plots of all that is kept in results/: README.md there, and a picture for each table."""
+    pictures.check_packages("report", "matplotlib")
     found = tables_of(sorted(path for path in RESULTS.glob("*") if path.is_dir()))
     if not found:
         raise ValueError(f"{RESULTS}/ holds no scores: python -m reporting.results add runs/NAME")
     page, plots = RESULTS / "README.md", []
     parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command "
              "line is in its `arguments.json`."]
+    parts += [f"Versions {' and '.join(group['codes'])} of a script count as one: {group['why']}"
+              for group in same_versions()]
     for mode, actions, *rest in sorted(found, key=lambda setting: -len(found[setting])):
         runs = best_first(found[mode, actions, *rest])
         rows, picture = tables.tabulate(runs), RESULTS / f"{mode}_{actions.replace(' ', '_')}.png"
         if same := sum(part.startswith(f"## {mode}") and part.endswith(f"{actions} actions") for part in parts):
             picture = picture.with_stem(f"{picture.stem}_{same + 1}")  # of other games or levels
-        for sentence in tables.odd_seeds([run.model for run in runs], [run.records[0] for run in runs]):
-            print(f"note: {sentence}", file=sys.stderr)
         plots.append((runs, rows, [read_curve(run.path / "curve.csv") for run in runs], picture))
         games = ", ".join(runs[0].records[0]["games"])
         parts += [f"## {mode}: {games}; {actions} actions", tables.markdown(runs, rows),
@@ -205,7 +212,8 @@ def release(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path])
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(file.getvalue())
     record = next(iter(records.values()))
-    write_json(target.with_suffix(".json"), dict(run=record["run"], command=command_of(record), step=record["step"],
+    typed = commands(checkpoint, import_script(checkpoint["script"]), record["run"])
+    write_json(target.with_suffix(".json"), dict(run=record["run"], commands=typed, step=record["step"],
                                                  levels=play_levels(target), scores=list(records.values())))
     print(f"{target}: {file.tell():,} bytes; {target.with_suffix('.json')}")
 
@@ -215,7 +223,7 @@ def play_levels(path):
     that end soon: by them one sees on another machine that weights and scores belong together. Machines round
     differently, so only those are kept whose returns weights with a little noise get too."""
     torch.set_num_threads(1)  # as when runs are scored
-    run = evaluate.load_run(path, evaluate.Args(cuda=False, bf16=False))
+    run = load_run(path, Choice(cuda=False, bf16=False))
     exact, played = [weight.clone() for weight in run.agent.parameters()], [play_once(run)]
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
@@ -227,10 +235,10 @@ def play_levels(path):
 
 def play_once(run):
     """{(game, level): return} of the episodes that end within NUM_STEPS."""
-    policy = evaluate.Policy(run.script, run.agent, run.args, greedy=True, seed=1)
+    policy = playing.Policy(run.script, run.agent, run.args, greedy=True, seed=1)
     each = max(1, min(NUM_LEVELS, len(policy.step) // len(run.games)))
-    splits = [evaluate.Split(FIRST_LEVEL + n, 1, "test") for n in range(each)]
-    episodes = [pictures.Game(game, split, policy, slot, evaluate.make_level)
+    splits = [Split(FIRST_LEVEL + n, 1, "test") for n in range(each)]
+    episodes = [playing.Game(game, split, policy, slot)
                 for slot, (game, split) in enumerate(itertools.product(run.games, splits))]
     for _ in range(NUM_STEPS):
         actions = policy.act()
@@ -246,11 +254,9 @@ def later(function):
 
 
 def main():
-    evaluate.open_streams()
-    commands = {command.__name__: later(command) for command in (add, report, release)}
+    functions = {command.__name__: later(command) for command in (add, report, release)}
     try:
-        interface = tyro.extras.subcommand_cli_from_dict
-        evaluate.command_line(__doc__, interface, subcommands=commands, prog="reporting.results", description="")()
+        tyro.extras.subcommand_cli_from_dict(functions, prog="reporting.results", description=__doc__)()
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,49 +14,91 @@ import json
 import re
 import zlib
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-DRAWS = 10_000  # bootstrap samples
+DRAWS = 100_000  # bootstrap samples: so many that an end of an interval of width 0.05 moves by less than 0.0005
+MARGIN = 0.0005  # by more than which the interval of a difference must be clear of zero
 PIECE = 2**20  # numbers that are drawn at a time: memory is bounded
 COLUMNS = ("train", "test", "mixed", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
 NOTE_ON_DIFFERENCES = "Differences are on the same levels: they may be clear where the intervals of two models overlap."
-
+MARKED = ("** is a clear difference: its interval would exclude zero even if it were {widen:.2f} times as wide, as "
+          "Bonferroni's correction for {pairs} of models wants; * is a plausible one: the interval as it stands "
+          "excludes zero. Pairs in which a model has a single seed are not marked.")
+UNMARKED = "None is marked as clear: that takes several seeds of both models."
+MARKS = dict(clear="**", plausible="*", open="")
 
 # Flags in which runs of one model may differ; `games` and `init_from` stand in their records, readable.
 MANAGING = {"exp_name", "seed", "track", "profile", "cuda_graphs", "env", "multi_env", "init_from", "num_actors",
-            "num_envs"}
+            "num_envs", "num_servers"}
 MANAGING_PREFIXES = ("wandb_", "log_", "save_", "valid_")
+UNKNOWN = dict(code="code unknown", srwm_cuda="srwm_cuda unknown", processes="1 process")  # where nothing is said
 
 
-def learned_from(games, flags):
-    """What a run has learned from, and how: {name: words for it}, without the flags in which seeds may differ."""
-    found = dict(games=games[0] if len(games) == 1 else f"{len(games)} games")
-    for name, words in flags.items():
+def learned_from(part):
+    """How a part of a run has learned: {name: words for it}, without what may differ between seeds."""
+    found = {}
+    for name, words in part["flags"].items():
         if name not in MANAGING and not name.startswith(MANAGING_PREFIXES):
             found[name] = re.sub(r"(?<= )([1-9]\d*)0{6}$", r"\1M", words)  # millions
+    if part.get("processes", 1) > 1:
+        found["processes"] = f"{part['processes']} processes"
     return found
+
+
+def versions(part):
+    """Of what text its script and srwm_cuda were: {name: words for it}; a record need not know."""
+    found = dict(code=f"code {part['code']}", srwm_cuda=f"srwm_cuda {part.get('srwm_cuda')}")
+    return {name: words for name, words in found.items() if part.get(name)}
+
+
+def earlier_parts(run):
+    """What was different before the run's last resume, in words; nothing if it was not."""
+    def difference(part):
+        own = learned_from(part) | versions(part)
+        gone = [UNKNOWN.get(name, f"without {last[name].split()[0]}") for name in last if name not in own]
+        return " ".join([words for name, words in own.items() if last.get(name) != words] + gone)
+
+    last, words = learned_from(run) | versions(run), []
+    parts = [(part["until"], difference(part)) for part in run.get("parts", ())]
+    for (until, now), (_, after) in itertools.pairwise([*parts, (None, "")]):
+        if now != after:
+            words.append(f"until step {until:,} {now or 'as in the end'}")
+    return f"({', '.join(words)})" if words else ""
+
+
+def learned(games, run):
+    """What a run has learned from, and how: {name: words for it}."""
+    parts = earlier_parts(run)
+    name = games[0] if len(games) == 1 else f"{len(games)} games"
+    return dict(games=name) | learned_from(run) | (dict(parts=parts) if parts else {})
 
 
 def features(record):
     """What makes a run's model, but the script: {name: words for it}. Flags with their default values are not in it."""
-    found = learned_from(record["trained_games"], record["flags"])
-    if record["init_from"]:
-        before = [f"{run['exp_name']} ({', '.join(learned_from(run['games'], run['flags']).values())})"
-                  for run in record["init_from"]]
-        found["init_from"] = f"--init-from {', '.join(before)}"
+    found = learned(record["trained_games"], record)
+    if before := record["init_from"]:
+        words = [f"{run['exp_name']} ({', '.join(learned(run['games'], run).values())})" for run in before]
+        found["init_from"] = f"--init-from {', '.join(words)}"
+        if all(run.get("code") for run in before):
+            found["init_from_code"] = f"(by {', '.join(' '.join(versions(run).values()) for run in before)})"
     if record["file"] != "checkpoint":
         found["file"] = record["file"]
-    if record["code"]:
-        found["code"] = f"code {record['code']}"
-    return found
+    if record["file"] == "best" and record["validation"]:
+        found["validation"] = "validated on levels {} to {}".format(*record["validation"])
+    elif not record.get("finished", True):
+        found["step"] = f"at step {record['step']:,}"
+    return found | versions(record)
 
 
 def number_of(record):
-    """A number for a run's model. Unlike its name, it does not depend on the other runs in a table, and so its bootstrap
-    intervals do not either."""
+    """A number for a run's model. Unlike its name, it does not depend on the other runs in a table, and so its
+    bootstrap intervals do not either."""
     return zlib.crc32(" ".join([record["script"], *features(record).values()]).encode())
 
 
@@ -75,13 +117,13 @@ def name_models(records):
     return names
 
 
-def odd_seeds(names, records):
-    """A sentence for each model whose runs have a seed in common, or different numbers of steps."""
-    for name in dict.fromkeys(names):
-        group = [record for other, record in zip(names, records) if other == name]
-        seeds, steps = (tuple(record[key] for record in group) for key in ("seed", "step"))
-        if len(set(seeds)) < len(seeds) or len(set(steps)) > 1:
-            yield f"the runs of {name} have the seeds {seeds} and the steps {steps}"
+def one_of_each_seed(runs, records):
+    """The runs without those whose model and seed are there already, since one seed is no evidence of two; and those.
+    records: one of each run's."""
+    kept = {}
+    for run, record in zip(runs, records):
+        kept.setdefault((run.model, record["seed"]), run)
+    return list(kept.values()), [run for run in runs if not any(run is other for other in kept.values())]
 
 
 def summarize(returns, ranges):
@@ -99,28 +141,37 @@ def summarize(returns, ranges):
     return dict(games=games, mean=mean)
 
 
-def bootstrap(scores, draws=DRAWS, model=0):
-    """Means over levels of the scores, and of samples drawn from their seeds and levels with replacement.
+def bootstrap(models, draws=DRAWS):
+    """Means over levels of the scores of models, and of samples drawn from their seeds and levels with replacement.
 
-    scores[game][column] is a list with an array (seeds, levels) for each split. Returns {column: (1 + draws, seeds,
-    games)}, where number 0 is of the scores themselves. The levels of each game and split are drawn alone, and are the
-    same for all seeds; the seeds drawn are the same in all games and splits, since one agent plays them all: what makes
-    a seed good in one game makes it good in others. (rliable, whose agents play a game each, draws the seeds of each
-    game alone.) Models of different numbers that played the same splits get the same levels, and seeds of their own: so
-    the differences of their samples are samples of their difference.
+    models: (number, scores) of each, where scores[game][column] is a list with an array (seeds, levels) for each split.
+    Returns for each {column: (1 + draws, seeds, games)}, where number 0 is of the scores themselves. The levels of each
+    game and split are drawn alone, and are the same for all seeds; the seeds drawn are the same in all games and
+    splits, since one agent plays them all: what makes a seed good in one game makes it good in others. (rliable, whose
+    agents play a game each, draws the seeds of each game alone.) Models of different numbers that played the same
+    splits get the same levels, and seeds of their own: so the differences of their samples are samples of their
+    difference. What is drawn for a model does not depend on the others.
     """
-    means = {column: [] for game in scores for column in game}
-    seeds = len(next(iter(scores[0].values()))[0])
-    its_own = np.random.default_rng([0, model])
-    chosen = np.concatenate([np.arange(seeds)[None], its_own.integers(seeds, size=(draws, seeds))])
-    for number, game in enumerate(scores):
-        for column, splits in game.items():
-            rng, total = np.random.default_rng([1, number, COLUMNS.index(column)]), 0.0
-            for x in splits:
-                sampled = np.concatenate([sample_levels(x, count, rng) for count in pieces(draws, x.shape[1])])
-                total = total + np.take_along_axis(np.concatenate([x.mean(-1)[None], sampled]), chosen, axis=1)
-            means[column].append(total / len(splits))
-    return {column: np.stack(games, axis=-1) for column, games in means.items()}
+    torch.set_num_threads(1)  # of embedding_bag: more are slower
+    splits, totals = {}, {}
+    for index, (_, scores) in enumerate(models):
+        for game, columns in enumerate(scores):
+            for column, arrays in columns.items():
+                for place, x in enumerate(arrays):
+                    key = (game, COLUMNS.index(column), place, x.shape[1])  # models in which it is equal share levels
+                    splits.setdefault(key, {})[index] = x / len(arrays)
+    for (game, column, place, count), arrays in splits.items():
+        rng, x = np.random.default_rng([1, game, column, place, count]), np.concatenate(list(arrays.values()))
+        sampled = [sample_levels(x, number, rng) for number in pieces(draws, count)]
+        means = np.concatenate([x.mean(-1, keepdims=True).T, *sampled])  # (1 + draws, seeds of all models)
+        for index, own in zip(arrays, np.split(means, np.cumsum([len(own) for own in arrays.values()])[:-1], axis=1)):
+            totals[index, game, column] = totals.get((index, game, column), 0) + own
+    for index, (number, scores) in enumerate(models):
+        seeds = len(next(iter(scores[0].values()))[0])
+        its_own = np.random.default_rng([0, number])
+        chosen = np.concatenate([np.arange(seeds)[None], its_own.integers(seeds, size=(draws, seeds))])
+        yield {column: np.stack([np.take_along_axis(totals.pop((index, game, COLUMNS.index(column))), chosen, axis=1)
+                                 for game in range(len(scores))], axis=-1) for column in scores[0]}
 
 
 def pieces(draws, size):
@@ -130,10 +181,10 @@ def pieces(draws, size):
 
 
 def sample_levels(x, draws, rng):
-    """Means (draws, seeds) of each row of x (seeds, levels) over levels drawn with replacement, the same for all
-    rows."""
-    levels = rng.integers(x.shape[1], size=(draws, x.shape[1]))
-    return np.stack([row[levels].mean(-1) for row in x], axis=-1)
+    """Means (draws, rows) of each row of x (rows, levels) over levels drawn with replacement, the same for all rows."""
+    levels = torch.from_numpy(rng.integers(x.shape[1], size=(draws, x.shape[1])))
+    weights = torch.from_numpy(x.T.astype(np.float32, order="C"))  # several times as fast as in another order
+    return F.embedding_bag(levels, weights, mode="sum").double().numpy() / x.shape[1]
 
 
 def mean(x):
@@ -157,9 +208,9 @@ def estimates(samples, statistic):
 
 def intervals(values):
     """The value of each column, and of the gap, and where 95 % of its samples are, given both (1 + draws,)."""
-    for column, (value, *drawn) in with_gap(values).items():
-        low, high = np.percentile(drawn, (2.5, 97.5))
-        yield dict(split=column, value=float(value), std=None, low=float(low), high=float(high))
+    for column, samples in with_gap(values).items():
+        low, high = np.percentile(samples[1:], (2.5, 97.5))
+        yield dict(split=column, value=float(samples[0]), std=None, low=float(low), high=float(high))
 
 
 def with_gap(columns):
@@ -167,12 +218,27 @@ def with_gap(columns):
     return columns | dict(gap=columns["train"] - columns["test"]) if both else columns
 
 
-def sample(scores, ranges, model):
+def widening(pairs):
+    """How many times as wide an interval must be to hold with the same 95 % for all of so many pairs together: by
+    Bonferroni's correction, of a normal distribution."""
+    return NormalDist().inv_cdf(1 - 0.025 / pairs) / NormalDist().inv_cdf(0.975)
+
+
+def verdict(row, pairs):
+    """What a difference's interval says: clear, plausible, which it would be of a single pair, or open."""
+    value, end = row["value"], row["low"] if row["value"] > 0 else row["high"]
+    for name, times in (("clear", widening(pairs)), ("plausible", 1)):
+        if abs(value) - times * abs(value - end) > MARGIN:
+            return name
+    return "open"
+
+
+def sample(returns, ranges):
     """{measure: what `bootstrap` returns}: returns and, if all games have a range, normalized returns."""
-    samples = {"return": bootstrap(scores, model=model)}
+    samples = {"return": returns}
     if None not in ranges.values():
         low, high = np.array(list(ranges.values()), dtype=float).T
-        samples["normalized"] = {column: (x - low) / (high - low) for column, x in samples["return"].items()}
+        samples["normalized"] = {column: (x - low) / (high - low) for column, x in returns.items()}
     return samples
 
 
@@ -192,29 +258,46 @@ def entries(samples, games):
 
 def tabulate(runs):
     """The entries of the tables. Runs of the same model are its seeds."""
-    rows, played = [], {}
-    for model in dict.fromkeys(run.model for run in runs):
-        group = [run for run in runs if run.model == model]
+    rows, played, groups = [], {}, {}
+    for run in runs:
+        groups.setdefault(run.model, []).append(run)
+    scores = {model: scores_of(group) for model, group in groups.items()}
+    drawn = bootstrap([(number_of(groups[model][0].records[0]), list(games.values()))
+                       for model, games in scores.items()])
+    for (model, group), returns in zip(groups.items(), drawn):
         first = group[0].records[0]
-        scores = {game: {} for game in first["games"]}
-        for records in zip(*[run.records for run in group]):  # of one split
-            for game, columns in scores.items():
-                returns = np.array([record["games"][game]["returns"] for record in records])  # (seeds, levels)
-                columns.setdefault(records[0]["column"], []).append(returns)
-        ranges = {game: row["range"] for game, row in first["games"].items()}
-        samples = sample(list(scores.values()), ranges, number_of(first))
+        samples = sample(returns, {game: row["range"] for game, row in first["games"].items()})
         about = dict(steps=" ".join(str(run.records[0]["step"]) for run in group), levels=levels(group[0]),
                      **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
-        rows += [dict(model=model, minus=None, seeds=len(group)) | row | about for row in entries(samples, scores)]
+        rows += [dict(model=model, minus=None, seeds=len(group)) | row | dict(verdict=None) | about
+                 for row in entries(samples, scores[model])]
         measure = list(samples)[-1]
         means = {(column, *splits_of(group[0], column)): x.mean((1, 2)) for column, x in samples[measure].items()}
         played[model] = means, about | dict(steps=None, levels=None)  # which the rows of both models have
+    pairs = several_seeds_each(groups)
     for (model, (means, about)), (other, (others, _)) in itertools.combinations(played.items(), 2):
         values = {column: x - others[column, *splits] for (column, *splits), x in means.items()
                   if (column, *splits) in others}
-        rows += [dict(model=model, minus=other, seeds=None, game="all", measure=f"{measure} difference") | row | about
-                 for row in intervals(values)]
+        for row in intervals(values):
+            judged = dict(verdict=verdict(row, len(pairs)) if (model, other) in pairs else None)
+            rows.append(dict(model=model, minus=other, seeds=None, game="all", measure=f"{measure} difference")
+                        | row | judged | about)
     return rows
+
+
+def several_seeds_each(groups):
+    """The pairs of models that can be judged: of one run, nobody knows what another would reach."""
+    return list(itertools.combinations([model for model, runs in groups.items() if len(runs) > 1], 2))
+
+
+def scores_of(group):
+    """{game: {column: [(seeds, levels) of each split]}} of the runs of a model."""
+    scores = {game: {} for game in group[0].records[0]["games"]}
+    for records in zip(*[run.records for run in group]):  # of one split
+        for game, columns in scores.items():
+            returns = np.array([record["games"][game]["returns"] for record in records])
+            columns.setdefault(records[0]["column"], []).append(returns)
+    return scores
 
 
 def cell(entry, digits):
@@ -222,7 +305,7 @@ def cell(entry, digits):
         return "-"
     value, low, high = (f"{entry[key]:.{digits}f}" for key in ("value", "low", "high"))
     std = "" if entry["std"] is None else f" ± {entry['std']:.{digits}f}"
-    return f"{value}{std} [{low}, {high}]"
+    return f"{value}{std} [{low}, {high}]{MARKS.get(entry['verdict'], '')}"
 
 
 def labels(models):
@@ -279,12 +362,20 @@ def describe(runs):
         actions, precision = "greedy" if record["greedy"] else "sampled", "bfloat16" if record["bf16"] else "float32"
         chosen = ", chosen by validation on levels {} to {}"
         best = chosen.format(*record["validation"]) if record["file"] == "best" and record["validation"] else ""
-        yield (f"{run.path}: {name}, seed {record['seed']}, {record['step']:,} steps{best}; "
+        earlier = earlier_parts(record)
+        parts = f" {earlier}" if earlier and earlier not in name else ""
+        yield (f"{run.path}: {name}, seed {record['seed']}, {record['step']:,} steps{parts}{best}; "
                f"{record['distribution_mode']}, levels {levels(run)}; {actions} actions, {precision}")
 
 
 def notes(rows):
-    return " ".join([NOTE, NOTE_ON_DIFFERENCES] if any(row["minus"] for row in rows) else [NOTE])
+    if not any(row["minus"] for row in rows):
+        return NOTE
+    pairs = len({(row["model"], row["minus"]) for row in rows if row["verdict"]})
+    if not pairs:
+        return f"{NOTE} {NOTE_ON_DIFFERENCES} {UNMARKED}"
+    words = f"{pairs} pairs" if pairs > 1 else "1 pair"
+    return f"{NOTE} {NOTE_ON_DIFFERENCES} {MARKED.format(widen=widening(pairs), pairs=words)}"
 
 
 def text(runs, rows):
@@ -298,10 +389,10 @@ def text(runs, rows):
 def markdown(runs, rows):
     parts = ["\n".join(f"- {line}" for line in describe(runs))]
     for head, *body in cells(rows):
-        body = [[word.replace("|", "&#124;") for word in line] for line in body]  # or it would begin a column
+        body = [[word.replace("|", "&#124;").replace("*", r"\*") for word in line] for line in body]
         lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *body]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join([*parts, notes(rows)])
+    return "\n\n".join([*parts, notes(rows).replace("*", r"\*")])
 
 
 def comma_separated(runs, rows):

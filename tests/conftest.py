@@ -10,6 +10,7 @@ import torch
 
 import evaluate
 import impala_procgen_srwm
+from reporting import playing, runs
 
 gc.freeze()  # modules are no garbage, and need not be looked through at each collection
 torch.set_num_threads(1)  # batches are small here: a second thread waits more than it computes
@@ -116,19 +117,20 @@ def trained(trained_once, command, tmp_path):
 @pytest.fixture
 def few_slots(monkeypatch):
     """Four environments for each thread of evaluate.py, in two vectors: small batches, and levels that have to wait."""
-    monkeypatch.setattr(evaluate, "SLOTS", {"cpu": 4, "cuda": 4})
-    monkeypatch.setattr(evaluate, "VECTOR", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr(playing, "SLOTS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(playing, "VECTOR", {"cpu": 2, "cuda": 2})
 
 
 @pytest.fixture
 def score(command, few_slots):
-    return lambda *words: command(evaluate, *words, "--no-cuda")
+    """Runs evaluate.py, in float32, whatever this machine would choose."""
+    return lambda *words: command(evaluate, "--no-cuda", "--bf16", "False", *words)
 
 
 @pytest.fixture
 def own_copy(monkeypatch, tmp_path):
     """Writes my_ablation.py, the SRWM script with one or more changes, beside which evaluate.py is looked for. Imports it."""
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    monkeypatch.setattr(runs, "HOME", tmp_path)
 
     def write(*changes):
         text = Path(impala_procgen_srwm.__file__).read_text()
@@ -136,7 +138,7 @@ def own_copy(monkeypatch, tmp_path):
             assert text.count(old) == 1, old
             text = text.replace(old, new)
         (tmp_path / "my_ablation.py").write_text(text)
-        return evaluate.import_script("my_ablation.py")
+        return runs.import_script("my_ablation.py")
 
     return write
 

@@ -98,6 +98,16 @@ def test_half_of_torchrun_s_variables_are_refused(variables, named, command, ref
     refused(lambda: command(script, "--no-cuda"), f"error: {named} in the environment, where torchrun sets it")
 
 
+@pytest.mark.parametrize("words, expected", [
+    ("--deterministic False --carry-state=false", (False, False)), ("--deterministic=True", (True, True)),
+    ("--no-carry_state --deterministic true", (True, False)), ("--carry_state False", (False, False)),
+])
+def test_switches_may_be_written_as_sweeps_write_them(words, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["impala_procgen_srwm.py", *words.split()])
+    args = script.command_line(script.Args())
+    assert (args.deterministic, args.carry_state) == expected
+
+
 def test_an_extra_checkpoint_beyond_the_end_is_refused(command, refused):
     refused(lambda: command(script, "--no-cuda", "--total-steps", 100, "--save-extra-checkpoint", 101),
             "--save-extra-checkpoint must be at most --total-steps 100, got 101")

@@ -2,15 +2,17 @@
 
 import importlib
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from test_scripts import SCRIPTS
 from test_training import parts, play
 
-import evaluate
 import impala_procgen_srwm
 import srwm_cuda
+from reporting import playing
 
 INIT = "        self.cnn, self.fc = nn.Sequential(*layers)"
 CONV = "return self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)"
@@ -150,6 +152,48 @@ def test_an_optimizer_may_have_two_groups_of_parameters(own_copy, train, command
     assert len(state["param_groups"]) == 2 and {each["step"].item() for each in state["state"].values()} == {3}
 
 
+ARGUMENTS = """    data: Path | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    colour: Colour = Colour.RED
+    more: More = field(default_factory=More)
+    carry_state: bool = True"""
+TYPES = """class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclass
+class More:
+    x: float = 1.0
+    files: tuple[Path, ...] = ()
+
+
+@dataclass
+class EnvironmentArgs:"""
+
+
+def test_arguments_of_a_copy_of_any_type_come_back_from_a_checkpoint(own_copy, train):
+    script = own_copy("@dataclass\nclass EnvironmentArgs:", TYPES, "    carry_state: bool = True", ARGUMENTS,
+                      "import contextlib\n", "import contextlib\nimport enum\n",
+                      "from dataclasses import dataclass,", "from dataclasses import dataclass, field,")
+    words = "--data a/b --sizes 3 4 5 --colour BLUE --more.x 2 --more.files a b --save-extra-checkpoint 20".split()
+    run = train("--total-steps", 40, *words, script=script)
+    saved = script.load_checkpoint(run / "checkpoint.pt", None)["args"]
+    args = script.from_plain(saved)
+    assert (args.data, args.sizes, args.colour) == (Path("a/b"), (3, 4, 5), script.Colour.BLUE)
+    assert args.more == script.More(2.0, (Path("a"), Path("b")))
+    shutil.copy(run / "checkpoint_20.pt", run / "checkpoint.pt")  # as of an unfinished run
+    assert train("--total-steps", 40, *words, "--resume", "auto", script=script) is None  # no new one
+    assert script.load_checkpoint(run / "checkpoint.pt", None)["step"] == 40
+
+
+def test_an_argument_of_a_copy_that_a_checkpoint_cannot_hold_is_refused(own_copy, command, refused):
+    unit = "class Unit:\n    def __init__(self, x: int = 1):\n        self.x = x\n\n\n@dataclass\nclass EnvironmentArgs:\n"
+    script = own_copy("@dataclass\nclass EnvironmentArgs:\n", unit + "    unit: Unit = field(default_factory=Unit)\n",
+                      "from dataclasses import dataclass,", "from dataclasses import dataclass, field,")
+    refused(lambda: command(script, "--no-cuda", "--total-steps", 1), "error: a checkpoint cannot hold these arguments: ")
+
+
 def test_averages_are_of_training_alone(own_copy):
     """Neither a learner's start nor an update that is not finite changes them."""
     script = copy_with(own_copy, "BatchNorm")
@@ -170,8 +214,8 @@ def test_a_level_s_return_is_the_same_in_whatever_company_with_batchnorm_too(own
     args = script.Args(cuda=False, bf16=False)
     agent = script.Agent(args)
     agent.core.running_mean.normal_()
-    alone = evaluate.play(script, agent, args, [("bigfish", 2)], greedy=False)
-    together = evaluate.play(script, agent, args, [("bigfish", level) for level in range(4)], greedy=False)
+    alone = playing.play(script, agent, args, [("bigfish", 2)], greedy=False)
+    together = playing.play(script, agent, args, [("bigfish", level) for level in range(4)], greedy=False)
     assert alone[0] == together[2] and agent.core.num_batches_tracked == 0
 
 

@@ -21,7 +21,7 @@ from conftest import FRUITBOT
 import evaluate
 import impala_procgen_lstm
 import impala_procgen_srwm as script
-from reporting import tables
+from reporting import playing, runs, tables
 from srwm_cuda import engine
 
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_is_scored_on_its_games_and_twice_alike(trained, score, cap
     first, out = (trained / "evaluation_easy_1000_2.json").read_bytes(), capsys.readouterr().out
     for word in ("bigfish", "fruitbot", "test", "all games", "normalized IQM", "levels 1000 to 1001 (test)"):
         assert word in out
-    score(trained.relative_to(Path.cwd()), "--start-level", 1000, "--num-levels", 2)
+    score(trained.relative_to(Path.cwd()), "--start-level", 1000, "--num-levels", 2, "--replay")
     assert (trained / "evaluation_easy_1000_2.json").read_bytes() == first and capsys.readouterr().out == out
     games = json.loads(first)["games"]
     assert list(games) == ["bigfish", "fruitbot"] and all(len(row["returns"]) == 2 for row in games.values())
@@ -78,6 +78,51 @@ def test_a_checkpoint_of_other_machines_and_versions_is_scored(trained, score):
     torch.save(checkpoint | {"args": checkpoint["args"] | changes}, trained / "checkpoint.pt")
     score(trained, "--num-levels", 1, *FRUITBOT)
     assert (trained / "evaluation_fruitbot_easy_0_1.json").exists()
+
+
+def test_what_was_played_is_not_played_again_but_with_replay(trained, score, capsys, monkeypatch):
+    score(trained, "--splits", "0", "--num-levels", 2)
+    expected, played, play = capsys.readouterr().out, [], playing.play
+    monkeypatch.setattr(playing, "play", lambda script, agent, args, levels, *rest: played.append(len(levels))
+                        or play(script, agent, args, levels, *rest))
+    score(trained, "--splits", "0", "--num-levels", 2)
+    out, error = capsys.readouterr()
+    assert out == expected and played == []
+    assert f"note: not played again (--replay does): {trained}/evaluation_easy_0_2.json" in error
+    score(trained, "--splits", "0", "1000", "--num-levels", 2)  # of two games, only the split that is new
+    score(trained, "--splits", "0", "--num-levels", 2, "--replay")
+    assert played == [4, 4]
+
+
+@pytest.mark.parametrize("changed", ["weights", "player", "greedy", "bf16"])
+def test_what_other_weights_code_or_actions_have_played_is_played_anew(changed, trained, score):
+    score(trained, "--num-levels", 1)
+    path = trained / "evaluation_easy_0_1.json"
+    right = json.loads(path.read_text())
+    games = {game: row | dict(returns=[-7.0]) for game, row in right["games"].items()}
+    path.write_text(json.dumps(right | {changed: "another", "games": games}))
+    score(trained, "--num-levels", 1)
+    assert json.loads(path.read_text()) == right
+
+
+def test_scores_in_bfloat16_and_in_float32_have_a_file_each(trained, score):
+    score(trained, "--num-levels", 1)
+    score(trained, "--num-levels", 1, "--bf16", True)
+    assert [results(trained, f"evaluation_easy_0_1{end}.json")["bf16"] for end in ("", "_bf16")] == [False, True]
+
+
+def test_a_change_of_script_or_kernels_is_noted_for_weights_alone_too(trained, score, tmp_path, capsys):
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    (part,) = checkpoint["history"]
+    zeros = "0" * 64
+    for name, changes in (("same", {}), ("other", dict(sha256=zeros)), ("both", dict(sha256=zeros, srwm_cuda=zeros))):
+        torch.save(checkpoint | dict(optimizer={}, history=[part | changes]), tmp_path / f"{name}.pt")
+        capsys.readouterr()
+        score(tmp_path / f"{name}.pt", "--num-levels", 1)
+        notes = [line for line in capsys.readouterr().err.splitlines() if "changed" in line]
+        script_has = "impala_procgen_srwm.py has"
+        changed = dict(same=None, other=script_has, both="impala_procgen_srwm.py and srwm_cuda have")[name]
+        assert notes == [f"note: {changed} changed since {tmp_path}/{name}.pt was trained"] * (changed is not None)
 
 
 # Playing
@@ -145,13 +190,13 @@ def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_
     """In float32, level by level. Every unroll_length steps a state is reset that has diverged, or is not to be
     carried."""
     args = script.Args(cuda=False, bf16=False, carry_state=carry_state, unroll_length=7)
-    returns = evaluate.play(script, agent, args, LEVELS)
+    returns = playing.play(script, agent, args, LEVELS)
     assert returns.tolist() == [play_alone(agent, *level, carry_state=carry_state) for level in LEVELS]
 
 
 def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(train, score):
     run = train("--total-steps", 20, "--seed", 5)
-    score("--env", "dodgeball", "fruitbot", "--start-level", 1003, "--num-levels", 2, "--bf16", False)
+    score("--env", "dodgeball", "fruitbot", "--start-level", 1003, "--num-levels", 2)
     agent = script.Agent(script.Args(cuda=False, bf16=False))
     agent.load_state_dict(torch.load(run / "checkpoint.pt")["model"])
     for game, found in results(run, "evaluation_dodgeball_fruitbot_easy_1003_2.json")["games"].items():
@@ -160,7 +205,7 @@ def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(trai
 
 def test_a_state_that_is_not_carried_changes_what_is_played(few_slots):
     args, levels = script.Args(cuda=False, bf16=False, unroll_length=7), [("fruitbot", level) for level in range(4)]
-    carried, reset = (evaluate.play(script, Clock(), replace(args, carry_state=carry), levels)
+    carried, reset = (playing.play(script, Clock(), replace(args, carry_state=carry), levels)
                       for carry in (True, False))
     assert carried.tolist() != reset.tolist()
 
@@ -172,8 +217,8 @@ def test_an_episode_is_the_same_in_whatever_company(greedy, bf16, few_slots):
     args = script.Args(cuda=False, bf16=bf16)
     agent = script.Agent(args)
     agent.load_state_dict(SRWM.state_dict())
-    together = evaluate.play(script, agent, args, LEVELS, greedy)
-    alone = [evaluate.play(script, agent, args, [level], greedy).item() for level in LEVELS[1:3]]
+    together = playing.play(script, agent, args, LEVELS, greedy)
+    alone = [playing.play(script, agent, args, [level], greedy).item() for level in LEVELS[1:3]]
     assert together[1:3].tolist() == alone
 
 
@@ -186,12 +231,12 @@ def test_turns_and_the_engine_s_threads_change_nothing(greedy, few_slots, monkey
             return False  # as on a GPU, so that several policies act at once
 
     args = script.Args(cuda=False, bf16=False)
-    inline = evaluate.play(script, SRWM, args, LEVELS, greedy)
+    inline = playing.play(script, SRWM, args, LEVELS, greedy)
     monkeypatch.setattr(script, "record_event", Event)
-    monkeypatch.setattr(evaluate, "ENGINE_THREADS", {"cpu": 2})
-    monkeypatch.setattr(evaluate, "TURNS", {"cpu": 3})
+    monkeypatch.setattr(playing, "ENGINE_THREADS", {"cpu": 2})
+    monkeypatch.setattr(playing, "TURNS", {"cpu": 3})
     monkeypatch.setattr(script, "num_cores", lambda: 1)
-    assert evaluate.play(script, SRWM, args, LEVELS, greedy).tolist() == inline.tolist()
+    assert playing.play(script, SRWM, args, LEVELS, greedy).tolist() == inline.tolist()
 
 
 @pytest.mark.gpu
@@ -200,15 +245,15 @@ def test_on_a_gpu_too_an_episode_is_the_same_in_whatever_company_and_order(greed
     args = script.Args(cuda=True, bf16=False)
     agent = script.Agent(args).cuda()
     levels = [(game, level) for game in ("fruitbot", "bigfish", "starpilot") for level in range(1000, 1060)]
-    together = dict(zip(levels, evaluate.play(script, agent, args, levels, greedy)))
+    together = dict(zip(levels, playing.play(script, agent, args, levels, greedy)))
     some = levels[::-7]
-    assert [together[level] for level in some] == evaluate.play(script, agent, args, some, greedy).tolist()
+    assert [together[level] for level in some] == playing.play(script, agent, args, some, greedy).tolist()
 
 
 def test_with_channels_first_convolutions_compute_the_same():
     agent, other = (script.Agent(script.Args(cuda=False, bf16=False)) for _ in range(2))
     other.load_state_dict(agent.state_dict())
-    evaluate.channels_first(other)
+    runs.channels_first(other)
     seen = []
     for module in other.encoder.cnn.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -221,17 +266,17 @@ def test_with_channels_first_convolutions_compute_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_where_every_state_counts_as_diverged_none_is_carried(device, few_slots, monkeypatch):
-    monkeypatch.setitem(evaluate.SLOTS, "cuda", 32)
+    monkeypatch.setitem(playing.SLOTS, "cuda", 32)
     args = script.Args(cuda=device == "cuda", bf16=False, unroll_length=7)
     agent = script.Agent(args).to(device)
-    reset = evaluate.play(script, agent, replace(args, carry_state=False), LEVELS)
+    reset = playing.play(script, agent, replace(args, carry_state=False), LEVELS)
     agent.state_bound = 0.0
-    assert evaluate.play(script, agent, args, LEVELS).tolist() == reset.tolist()
+    assert playing.play(script, agent, args, LEVELS).tolist() == reset.tolist()
 
 
 def test_each_step_of_an_episode_has_a_random_number_of_its_own(few_slots, monkeypatch):
     """However long it is: those of level 8 of fruitbot, game number 1, come from a generator of its own."""
-    policy = evaluate.Policy(script, Clock(), script.Args(cuda=False), greedy=False, seed=3)
+    policy = playing.Policy(script, Clock(), script.Args(cuda=False), greedy=False, seed=3)
     monkeypatch.setattr(policy, "forward", lambda: torch.zeros(4))  # what is drawn does not depend on what is played
     policy.begin_episode(2, "fruitbot", 8)
     drawn = [policy.act() is None or policy.uniform[2] for _ in range(9000)]
@@ -240,13 +285,13 @@ def test_each_step_of_an_episode_has_a_random_number_of_its_own(few_slots, monke
 
 def test_other_seeds_sample_other_actions(few_slots):
     args, levels = script.Args(cuda=False, bf16=False), [("fruitbot", 8), ("fruitbot", 9)]
-    first, second = (evaluate.play(script, SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
+    first, second = (playing.play(script, SRWM, args, levels, greedy=False, seed=seed).tolist() for seed in (1, 2))
     assert first != second
 
 
 def test_levels_are_those_of_the_mode():
     args = script.Args(cuda=False, distribution_mode="hard")
-    assert evaluate.make_level(script, args, "maze", 1234).get_info()[0]["level_seed"] == 1234
+    assert playing.make_level(script, args, "maze", 1234).get_info()[0]["level_seed"] == 1234
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -254,7 +299,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere_for_what_is_qui
     player = Future()
     player.set_result(None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    evaluate.follow([player], [evaluate.Counter(steps=700, episodes=2)], 2, "runs/A")
+    playing.follow([player], [playing.Counter(steps=700, episodes=2)], 2, "runs/A")
     error = capsys.readouterr().err
     assert ("\rruns/A: 2 of 2 episodes" in error and error.count("\n") == 1) if terminal else error == ""
 
@@ -264,7 +309,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere_for_what_is_qui
 
 def columns(words, mode="easy", games=("maze",), **trained):
     args = evaluate.Args(splits=tuple(words.split()), num_levels=trained.pop("count", 200))
-    return evaluate.choose_splits(args, mode, list(games), script, [(script.Args(**trained), ["maze", "heist"])])
+    return runs.choose_splits(args, mode, list(games), script, [(script.Args(**trained), ["maze", "heist"])])
 
 
 def test_the_training_levels_are_a_runs_own():
@@ -302,9 +347,9 @@ def test_runs_that_share_everything_but_the_seed_are_one_model(train, score, cap
 def test_levels_that_were_seen_before_fine_tuning_are_no_test():
     history = [(script.Args(start_level=2000), ["maze"]), (script.Args(), ["maze", "heist"])]
     args = evaluate.Args(splits=("train", "0", "100", "1000"), num_levels=100)
-    splits = evaluate.choose_splits(args, "easy", ["maze"], script, history)
+    splits = runs.choose_splits(args, "easy", ["maze"], script, history)
     assert splits == [(0, 100, "train"), (100, 100, "train"), (1000, 100, "test"), (2000, 100, "train")]
-    assert evaluate.choose_splits(args, "easy", ["maze", "heist"], script, history)[-1] == (2000, 100, "mixed")
+    assert runs.choose_splits(args, "easy", ["maze", "heist"], script, history)[-1] == (2000, 100, "mixed")
 
 
 @pytest.mark.slow
@@ -333,18 +378,42 @@ def test_runs_fine_tuned_from_runs_that_learned_otherwise_are_no_seeds_of_one_mo
         (False, "1", "train"), (True, "1", "test")}
 
 
-@pytest.mark.slow
-def test_seeds_that_occur_twice_or_have_other_steps_are_noted(train, score, capsys):
-    runs = [train("--total-steps", 20, "--exp-name", name, "--seed", seed) for name, seed in (("a", 1), ("b", 2))]
-    capsys.readouterr()
-    score(*runs, "--num-levels", 1, *FRUITBOT)
-    assert "note" not in capsys.readouterr().err
+def test_a_seed_counts_once_and_a_run_that_is_not_finished_is_another_model(train, score, capsys):
+    runs = [train("--total-steps", 20, "--exp-name", f"run_{seed}", "--seed", seed) for seed in (1, 2, 3)]
     shutil.copytree(runs[0], "copy")
-    checkpoint = torch.load(runs[1] / "checkpoint.pt")
-    torch.save(checkpoint | {"step": 10}, runs[1] / "checkpoint.pt")
-    score(*runs, "copy", "--num-levels", 1, *FRUITBOT)
-    note = "note: the runs of srwm have the seeds (1, 2, 1) and the steps (20, 10, 20)\n"
-    assert capsys.readouterr().err.count(note) == 1
+    checkpoint = torch.load(runs[2] / "checkpoint.pt")
+    torch.save(checkpoint | {"step": 10}, runs[2] / "checkpoint.pt")
+    capsys.readouterr()
+    score(*runs, "copy", "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
+    out, error = capsys.readouterr()
+    assert "note: left out, copy/checkpoint.pt has a seed of srwm that is there already: 1\n" in error
+    rows = list(csv.DictReader(out.splitlines()))
+    assert {(row["model"], row["seeds"]) for row in rows if not row["minus"]} == {
+        ("srwm", "2"), ("srwm at step 10", "1")}
+
+
+def test_a_run_that_was_resumed_with_other_arguments_is_no_seed_of_one_that_had_them_all_along(
+        train, score, command, capsys):
+    words = "--total-steps", 60, "--learning-rate", 0.003, "--entropy-cost", 0.1
+    runs = [train("--total-steps", 60, "--seed", 2), train("--total-steps", 40, *words[2:])]
+    command(script, "--resume", runs[1], "--total-steps", 60, "--learning-rate", 6e-4, "--entropy-cost", 0.01)
+    runs.append(train(*words, "--seed", 3))
+    capsys.readouterr()
+    score(*runs, "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {(row["model"], row["seeds"]) for row in rows if not row["minus"]} == {
+        ("srwm", "1"), ("srwm --learning-rate 0.003 --entropy-cost 0.1", "1"),
+        ("srwm (until step 40 --total-steps 40 --learning-rate 0.003 --entropy-cost 0.1)", "1")}
+
+
+def test_a_run_that_was_resumed_with_the_same_arguments_is_a_seed_like_any_other(train, score, command, capsys):
+    runs = [train("--total-steps", 60, "--seed", 2), train("--total-steps", 60, "--save-extra-checkpoint", 20)]
+    command(script, "--resume", runs[1] / "checkpoint_20.pt", "--log-interval", 1)
+    assert [part["step"] for part in torch.load(runs[1] / "checkpoint.pt")["history"]] == [0, 20]
+    capsys.readouterr()
+    score(*runs, "--num-levels", 1, "--env", "fruitbot", "--format", "csv")
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {(row["model"], row["seeds"]) for row in rows} == {("srwm", "2")}
 
 
 def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(trained, score, capsys):
@@ -356,6 +425,7 @@ def test_tables_are_printed_even_if_a_runs_folder_cannot_be_written(trained, sco
     assert "normalized" in printed.out
 
 
+@pytest.mark.slow
 def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, score, capsys):
     run = train("--total-steps", 20, "--valid-num-levels", 9)
     (run / "best.pt").write_bytes((run / "checkpoint.pt").read_bytes())
@@ -372,8 +442,9 @@ def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, sco
 
 ABOUT = dict(file="checkpoint", script="impala_procgen_srwm.py", code="", flags={}, init_from=[],
              trained_games=["maze", "bigfish"], seed=1, step=1000, bf16=False, distribution_mode="easy", num_levels=2,
-             greedy=True)
+             greedy=True, validation=None)
 RANGES = {"maze": (5, 10), "bigfish": (1, 40)}
+PART = dict(until=400, flags={}, code="b", processes=1)
 
 
 def known_run(model, returns):
@@ -417,9 +488,30 @@ def test_the_tables_of_known_returns():
     ([{}, {"script": "mine.py", "file": "best"}], ["srwm", "mine"]),
     ([{}, {"script": "srwm.py"}, {"script": "mine.py"}], ["impala_procgen_srwm", "srwm", "mine"]),
     ([{}, {"file": "best"}], ["srwm", "srwm best"]),
+    ([{"srwm_cuda": "12345678"}, {}], ["srwm srwm_cuda 12345678", "srwm"]),
+    ([{"processes": 1}, {"processes": 2}], ["srwm", "srwm 2 processes"]),
+    ([{}, {"finished": False}], ["srwm", "srwm at step 1,000"]),
+    ([{"file": "best", "validation": [500, 699]},
+      {"file": "best", "validation": [600, 699], "finished": False, "step": 7}],
+     ["srwm validated on levels 500 to 699", "srwm validated on levels 600 to 699"]),
+    *[([{}, {"parts": parts, "code": "b"}, {"code": "b"}], ["srwm", f"srwm {words}code b", "srwm code b"])
+      for parts, words in (
+        ([PART], ""), ([PART | {"code": "a"}], "(until step 400 code a) "),
+        ([PART | {"flags": {"momentum": "--momentum 0.5"}}], "(until step 400 --momentum 0.5) "),
+        ([PART | {"processes": 2}, PART | {"until": 700}], "(until step 400 2 processes) "),
+        ([PART, PART | {"code": "a", "until": 700}], "(until step 400 as in the end, until step 700 code a) "))],
+    ([{"flags": {"momentum": "--momentum 0.5"}, "parts": [PART | {"code": ""}]}],
+     ["srwm"]),
 ])
 def test_models_are_named_by_what_differs_between_runs_of_a_script(changes, names):
     assert tables.name_models([ABOUT | change for change in changes]) == names
+
+
+def test_what_an_earlier_part_of_a_run_lacked_is_said():
+    parts = [PART | dict(code="")]
+    about = ABOUT | dict(code="b", srwm_cuda="c", processes=2, flags={"momentum": "--momentum 0.5"}, parts=parts)
+    assert tables.earlier_parts(about) == (
+        "(until step 400 without --momentum 1 process code unknown srwm_cuda unknown)")
 
 
 def test_tables_number_models_whose_flags_are_too_many_for_a_column_and_say_once_which_is_which():
@@ -471,12 +563,14 @@ def test_models_are_compared_level_by_level_and_each_with_its_own_seeds():
 
     scale = (1 / 5 + 1 / 39) / 2  # of maze's and bigfish's ranges
     found, text = compare([1], [0])
-    assert found["train"] == pytest.approx((scale, scale, scale)) and found["test"] == pytest.approx(found["train"])
-    assert found["gap"] == pytest.approx((0, 0, 0), abs=1e-9) and "normalized difference  a      b" in text
-    assert compare([1, 1, 1], [0, 0])[0]["train"] == pytest.approx(found["train"])  # whatever the numbers of seeds
+    assert found["train"] == pytest.approx((scale, scale, scale), rel=1e-5)
+    assert found["test"] == pytest.approx(found["train"], rel=1e-5)
+    assert found["gap"] == pytest.approx((0, 0, 0), abs=1e-6) and "normalized difference  a      b" in text
+    more = compare([1, 1, 1], [0, 0])[0]  # whatever the numbers of seeds
+    assert more["train"] == pytest.approx(found["train"], rel=1e-5)
     assert compare([0, 2, 4], [1])[0]["train"][0] == pytest.approx(scale)
     found, _ = compare([0, 2], [0, 2])
-    assert found["train"] == pytest.approx((0, -2 * scale, 2 * scale), abs=1e-9)
+    assert found["train"] == pytest.approx((0, -2 * scale, 2 * scale), abs=1e-6)
 
 
 def test_intervals_of_a_model_and_of_a_pair_are_the_same_whatever_stands_beside_them():
@@ -498,10 +592,56 @@ def test_models_are_compared_in_the_columns_of_which_they_played_the_same_levels
     runs[1].records[changed] |= dict(start_level=5000, num_levels=30)
     found = [row for row in tables.tabulate(runs) if row["minus"]]
     assert {row["split"] for row in found} == compared
-    assert [row["low"] for row in found] == pytest.approx([row["high"] for row in found])
+    assert [row["low"] for row in found] == pytest.approx([row["high"] for row in found], rel=1e-5)
     words = tables.text(runs, tables.tabulate(runs)).splitlines()[-3].split()
     assert words[:4] == ["normalized", "difference", "a", "b"] and words[-1] == "-"
     assert {row["levels"] for row in found} == {None}  # those of both models stand in their rows
+
+
+def drawn(scores, model=0):
+    """What the bootstrap draws for one model."""
+    (samples,) = tables.bootstrap([(model, scores)])
+    return samples
+
+
+@pytest.mark.parametrize("low, high, pairs, verdict", [
+    (0.01, 0.05, 1, "clear"),  # as wide to both sides of 0.03
+    (0.01, 0.05, 3, "clear"), (0.01, 0.05, 4, "clear"), (0.01, 0.05, 28, "plausible"),  # 1.22, 1.27 and 1.59 times
+    (0.0006, 0.05, 1, "clear"), (0.0006, 0.05, 2, "plausible"), (0.0004, 0.05, 1, "open"), (-0.01, 0.05, 1, "open"),
+])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_difference_is_clear_if_its_interval_widened_for_all_pairs_leaves_out_zero(low, high, pairs, verdict, sign):
+    row = dict(value=0.03 * sign, low=min(low * sign, high * sign), high=max(low * sign, high * sign))
+    assert tables.verdict(row, pairs) == verdict
+
+
+def test_intervals_are_widened_as_bonferroni_s_correction_wants():
+    """Of a normal distribution, 95 % are within 1.96 standard deviations, and all but 5 % / 10 within 2.81."""
+    assert tables.widening(1) == 1 and tables.widening(10) == pytest.approx(2.807 / 1.960, abs=1e-3)
+
+
+def test_differences_of_single_runs_are_not_marked():
+    rng = np.random.default_rng(0)
+    many, some, one = ([known_run(model, (more + rng.uniform(5, 6, size=(3, 2, 9))).tolist()) for _ in range(seeds)]
+                       for model, seeds, more in (("a", 3, 9), ("b", 2, 0), ("c", 1, 0)))
+    rows = tables.tabulate(many + some + one)
+    assert {(row["model"], row["minus"], row["split"]): row["verdict"] for row in rows if row["minus"]} == {
+        ("a", "b", "train"): "clear", ("a", "b", "test"): "clear", ("a", "b", "gap"): "open",
+        **{(model, "c", split): None for model in "ab" for split in ("train", "test", "gap")}}
+    text = tables.text(many + some, tables.tabulate(many + some))
+    assert text.count("]**") == 2 and "1.00 times as wide, as Bonferroni's correction for 1 pair of models" in text
+    assert "None is marked" in tables.text(some + one, tables.tabulate(some + one))
+
+
+def test_a_rerun_of_the_bootstrap_moves_an_interval_by_less_than_the_margin(monkeypatch):
+    """One of width 0.05, as wide as those of the differences that are published."""
+    x = 0.18 * np.random.default_rng(5).normal(size=(1, 200))
+    ends, rng = [], np.random.default_rng
+    for rerun in range(4):
+        monkeypatch.setattr(np.random, "default_rng", lambda seed, rerun=rerun: rng([rerun, *seed]))
+        (row,) = tables.estimates(drawn([{"test": [x]}]), tables.mean)
+        ends.append((row["low"], row["high"]))
+    assert 0.045 < row["high"] - row["low"] < 0.055 and np.ptp(ends, axis=0).max() < tables.MARGIN
 
 
 # Five seeds of three games. Of these rliable 1.2.0 gives for aggregate_mean 0.52, and for aggregate_iqm 0.46667.
@@ -514,7 +654,7 @@ def test_intervals_are_the_percentiles_of_all_samples_of_the_seeds(statistic, va
     """Of which there are 5^5, each with all games of the seeds that were drawn."""
     scores = SCORES[:, :games]
     samples = [statistic(scores[list(seeds)].reshape(1, -1)).item() for seeds in itertools.product(range(5), repeat=5)]
-    (found,) = tables.estimates(tables.bootstrap([{"test": [game[:, None]]} for game in scores.T]), statistic)
+    (found,) = tables.estimates(drawn([{"test": [game[:, None]]} for game in scores.T]), statistic)
     assert found["value"] == pytest.approx(value if games == 3 else statistic(scores.reshape(1, -1)).item(), abs=1e-5)
     assert (found["low"], found["high"]) == pytest.approx(np.percentile(samples, (2.5, 97.5)), abs=0.025)
 
@@ -522,7 +662,7 @@ def test_intervals_are_the_percentiles_of_all_samples_of_the_seeds(statistic, va
 def test_intervals_of_one_seed_are_of_its_levels():
     """The mean of 400 coins is within 1.96 standard errors of 1 / 40 in 95 % of the samples."""
     coins = np.tile([0.0, 1.0], 200)[None]
-    (found,) = tables.estimates(tables.bootstrap([{"test": [coins]}]), tables.mean)
+    (found,) = tables.estimates(drawn([{"test": [coins]}]), tables.mean)
     assert (found["low"], found["high"]) == pytest.approx((0.5 - 1.96 / 40, 0.5 + 1.96 / 40), abs=0.003)
 
 
@@ -530,7 +670,7 @@ def test_intervals_are_over_seeds_and_levels():
     """Two seeds that differ by 1 on every level: their mean is 0, 1/2 or 1 in a sample. Where levels differ too, more
     so."""
     seeds = np.array([[0.0] * 50, [1.0] * 50])
-    (alone,), (both,) = (list(tables.estimates(tables.bootstrap([{"test": [x]}]), tables.mean))
+    (alone,), (both,) = (list(tables.estimates(drawn([{"test": [x]}]), tables.mean))
                          for x in (seeds, seeds + np.linspace(-1, 1, 50)))
     assert (alone["low"], alone["high"]) == (0, 1)
     assert both["low"] < 0 and both["high"] > 1
@@ -558,6 +698,24 @@ def test_folders_without_a_checkpoint_are_left_out(trained, score, refused, caps
     refused(lambda: score(tmp_path / "runs" / "empty"), "empty/checkpoint.pt: no such file")
 
 
+def test_a_run_that_is_named_twice_or_by_a_link_counts_once(trained, score, capsys, tmp_path):
+    (tmp_path / "runs" / "latest").symlink_to(trained)
+    capsys.readouterr()
+    score(*sorted((tmp_path / "runs").iterdir()), trained / "checkpoint.pt", "--num-levels", 1, "--format", "csv")
+    out, error = capsys.readouterr()
+    assert {row["seeds"] for row in csv.DictReader(out.splitlines())} == {"1"}
+    for path in (tmp_path / "runs" / "latest", trained / "checkpoint.pt"):
+        assert f"note: left out, {path} is {trained} once more\n" in error
+
+
+def test_a_folder_of_runs_that_leads_nowhere_is_refused(trained, score, refused, capsys, tmp_path):
+    torch.save(torch.load(trained / "checkpoint.pt") | dict(optimizer={}), tmp_path / "agent.pt")
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").symlink_to(tmp_path / "not mounted")
+    capsys.readouterr()
+    refused(lambda: score(tmp_path / "agent.pt"), "runs, the folder, is a link to one that is not there")
+
+
 @pytest.mark.parametrize("word", ["--plot", "--probe", "--video"])
 def test_pictures_that_cannot_be_written_are_refused_before_work(word, trained, score, refused, capsys, tmp_path):
     target = tmp_path / ("out.gif" if word == "--video" else "out.png")
@@ -574,7 +732,7 @@ def test_pictures_that_cannot_be_written_are_refused_before_work(word, trained, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end, status, said", [
-    ("| head -n 1", 0, ""), ("> /dev/full", 1, "the tables could not be printed: [Errno 28] No space left on device"),
+    ("| head -n 1", 0, ""), ("> /dev/full", 1, "stopped: [Errno 28] No space left on device"),
     (">&- 2>&-", 0, ""), ("| cat", 0, "")], ids=["head", "full", "closed", "ascii"])
 def test_tables_that_nobody_can_read_end_in_no_traceback(end, status, said, tmp_path, scored_program):
     """In a process of its own, whose output is a broken pipe, a full disk, nothing, or lacks letters."""
@@ -587,19 +745,24 @@ def test_tables_that_nobody_can_read_end_in_no_traceback(end, status, said, tmp_
 
 @pytest.fixture
 def scored_program(tmp_path):
-    """A program that prints the tables as evaluate.py does."""
+    """evaluate.py with tables of known length, and nothing to play."""
     (tmp_path / "program.py").write_text("""
+import sys
+from types import SimpleNamespace
 import evaluate
 from reporting import tables
-evaluate.open_streams()
-evaluate.show("runs/a\\n" * 20_000 + tables.NOTE)
+evaluate.prepare = lambda args: [SimpleNamespace(script=SimpleNamespace(keep_freed_memory=int))]
+evaluate.score, tables.tabulate = lambda *words: None, lambda runs: []
+tables.FORMATS["text"] = lambda *words: "runs/a\\n" * 20_000 + tables.NOTE
+sys.argv = ["evaluate.py"]
+evaluate.main()
 """)
     return f"-c 'exec(open(\"{tmp_path / 'program.py'}\").read())'"
 
 
 def test_levels_of_each_game_and_column_are_drawn_apart():
     x = np.random.default_rng(0).normal(size=(1, 400))
-    samples = tables.bootstrap([{"train": [x], "test": [x]}] * 2)
+    samples = drawn([{"train": [x], "test": [x]}] * 2)
     means = np.concatenate([samples["train"][1:, 0], samples["test"][1:, 0]], axis=1)  # (draws, columns and games)
     assert np.abs(np.corrcoef(means.T) - np.eye(4)).max() < 0.05
 
@@ -607,19 +770,19 @@ def test_levels_of_each_game_and_column_are_drawn_apart():
 def test_seeds_are_drawn_apart_from_levels():
     """Each of five seeds is good at one level of five, another one each: in samples both are drawn, not the same."""
     for model in range(3):
-        (found,) = tables.estimates(tables.bootstrap([{"test": [5 * np.eye(5)]}], model=model), tables.mean)
+        (found,) = tables.estimates(drawn([{"test": [5 * np.eye(5)]}], model), tables.mean)
         assert found["value"] == 1 and found["low"] < 0.3 and found["high"] < 2.1
 
 
 def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece(monkeypatch):
-    """8 bytes for each of 10,000 samples of 10,000 levels would be 0.8 GB."""
+    """8 bytes for each of 100,000 samples of 10,000 levels would be 8 GB."""
     scores = [{"test": [np.random.default_rng(1).normal(size=(2, 300))]}]
-    whole = tables.bootstrap(scores)["test"]
+    whole = drawn(scores)["test"]
     monkeypatch.setattr(tables, "PIECE", 1000)
-    assert (tables.bootstrap(scores)["test"] == whole).all()
+    assert (drawn(scores)["test"] == whole).all()
     monkeypatch.undo()
     tracemalloc.start()
-    tables.bootstrap([{"test": [np.zeros((1, 10_000))]}], draws=1000)
+    list(tables.bootstrap([(0, [{"test": [np.zeros((1, 10_000))]}])], draws=1000))
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -641,10 +804,8 @@ def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece
     ("--splits 0 100", "--splits must not overlap"),
     ("--splits test runs", "(runs come first: evaluate.py RUNS --splits ...)"),
     ("--distribution-mode exploration", "must be one of easy, hard, extreme, memory, got exploration"),
-    ("--format html", "'html' for argument '--format'. Expected one of ('text', 'markdown', 'csv', 'json')"),
     ("--video out.avi", "--video must end in .mp4 or .gif"),
     ("--video nowhere/out.gif", "--video must be in a folder that exists"),
-    ("--greed", "--greed"),
 ])
 def test_bad_arguments_are_refused(words, expected, trained, score, refused, capsys):
     capsys.readouterr()
@@ -652,14 +813,20 @@ def test_bad_arguments_are_refused(words, expected, trained, score, refused, cap
     refused(lambda: score(*words), "evaluate.py: error: ", expected)
 
 
+@pytest.mark.parametrize("words, expected", [("--format html", "'markdown'"), ("--greed", "--greed")])
+def test_words_that_no_argument_takes_are_refused(words, expected, trained, score, capsys):
+    with pytest.raises(SystemExit) as end:
+        score(*words.split())
+    assert end.value.code == 2 and expected in capsys.readouterr().err
+
+
 def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train, score, refused, capsys):
     runs = [train("--total-steps", 20),
             train("--total-steps", 20, "--multi-env", "None", *FRUITBOT, "--exp-name", "one")]
     capsys.readouterr()
     refused(lambda: score(*runs), "runs must have the same games", "bigfish fruitbot (easy)")
-    refused(lambda: score(runs[0], runs[0]), "runs must be named once each")
-    score(*runs, "--num-levels", 1, *FRUITBOT)
-    assert "srwm fruitbot " in capsys.readouterr().out
+    score(*runs, "--num-levels", 1, "--env", "bigfish")
+    assert "srwm bigfish " in capsys.readouterr().out
 
 
 def test_no_checkpoint_at_all_is_refused(score, refused):
@@ -685,6 +852,6 @@ def test_a_missing_system_library_is_named_with_its_debian_package(trained, scor
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(engine._Engine, "__init__", no_engine)
-    monkeypatch.setattr(evaluate, "import_script", lambda name: script)
+    monkeypatch.setattr(runs, "import_script", lambda name: script)
     capsys.readouterr()
     refused(score, "libGL.so.1", "apt install libgl1 libglib2.0-0")

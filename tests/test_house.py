@@ -33,6 +33,10 @@ def test_only_evaluate_py_imports_reporting():
     assert {path for path in importers if path.parts[0] not in ("tests", "reporting")} == {Path("evaluate.py")}
 
 
+def test_reporting_does_not_import_evaluate():
+    assert not [path for path in (ROOT / "reporting").glob("*.py") if "evaluate" in imported(path)]
+
+
 def test_no_script_in_particular_is_needed_to_evaluate():
     used = {name for path in (ROOT / "evaluate.py", *(ROOT / "reporting").glob("*.py")) for name in imported(path)}
     assert not [name for name in used if name.startswith("impala_procgen_")]

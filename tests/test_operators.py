@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import fixed_weights, sr_delta, through_a_cuda_graph
+from helpers import assert_agree, fixed_weights, sr_delta, through_a_cuda_graph
 from test_agent import make_agent
 
 import srwm_cuda
@@ -150,8 +150,7 @@ def test_inductor_s_graph_with_the_kernels_in_it_agrees():
     model, ends = Model().cuda(), inputs(51, 32, 0.05, "cuda")
     graph = torch.compile(model, fullgraph=True)
     results(graph, *inputs(51, 32, 0.0, "cuda"))
-    for ours, expected in zip(results(graph, *ends), results(model, *ends)):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert_agree(results(graph, *ends), results(model, *ends), 1e-3)
 
 
 @pytest.mark.gpu

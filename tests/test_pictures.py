@@ -2,7 +2,9 @@
 
 import importlib.util
 import itertools
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,19 +14,19 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-import evaluate
 import impala_procgen_lstm
 import impala_procgen_sr_delta
 import impala_procgen_srwm as script
-from reporting import pictures
+from reporting import pictures, playing, runs
 
+ROOT = Path(__file__).parent.parent
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
 @pytest.fixture
 def policy(few_slots):
     args = script.Args(cuda=False, bf16=False)
-    return evaluate.Policy(script, script.Agent(args), args, greedy=True, seed=1)
+    return playing.Policy(script, script.Agent(args), args, greedy=True, seed=1)
 
 
 def test_a_film_shows_every_game_at_the_human_resolution(trained, score, tmp_path, monkeypatch):
@@ -53,18 +55,19 @@ def test_a_gif_has_as_many_colors_as_its_bytes_allow(tmp_path, monkeypatch):
         assert (tmp_path / "out.gif").stat().st_size <= most
 
 
+@pytest.mark.slow
 def test_a_film_shows_the_episodes_that_are_scored(policy):
-    game, returns = pictures.Game("fruitbot", evaluate.Split(8, 3, "test"), policy, 1, evaluate.make_level), []
+    game, returns = playing.Game("fruitbot", runs.Split(8, 3, "test"), policy, 1), []
     while len(returns) < 3:
         game.advance(policy.act())
         if game.ended and game.pause == pictures.FPS:
             returns.append(game.total)
     levels = [("fruitbot", level) for level in (8, 9, 10)]
-    assert returns == evaluate.play(script, policy.agent, policy.args, levels).tolist()
+    assert returns == playing.play(script, policy.agent, policy.args, levels).tolist()
 
 
 def test_the_end_of_an_episode_stays_for_a_second(policy):
-    game, shown = pictures.Game("dodgeball", evaluate.Split(3, 2, "test"), policy, 0, evaluate.make_level), []
+    game, shown = playing.Game("dodgeball", runs.Split(3, 2, "test"), policy, 0), []
     while game.level == 3:
         game.advance(policy.act())
         shown.append((game.ended, game.picture.tobytes()))
@@ -94,8 +97,8 @@ def test_layers_are_recorded_where_a_copy_imported_the_function_by_its_name(monk
     text = Path(script.__file__).read_text().replace("srwm_cuda.srwm(", "srwm(")
     text = text.replace("\nimport srwm_cuda\n", "\nimport srwm_cuda\nfrom srwm_cuda import srwm\n")
     (tmp_path / "my_copy.py").write_text(text)
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    copy = evaluate.import_script("my_copy.py")
+    monkeypatch.setattr(runs, "HOME", tmp_path)
+    copy = runs.import_script("my_copy.py")
     agent, reward = copy.Agent(copy.Args(cuda=False, bf16=False)).requires_grad_(False), torch.zeros(1, 1)
     frame = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
     _, layers = pictures.record(lambda: agent(frame, reward, reward.bool(), agent.initial_state(1)), copy)
@@ -125,6 +128,7 @@ def drawn(monkeypatch):
     return axes
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_long_names_of_models_leave_the_curves_their_room(train, score, drawn):
     runs = [train("--total-steps", 20, "--entropy-cost", cost, "--reward-clipping", clipping, "--discounting", 1 - cost)
@@ -223,9 +227,26 @@ def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, dra
     assert text.get_text() == "no return/fruitbot in TensorBoard files\nbeside the checkpoint"
 
 
-def test_without_matplotlib_one_line_says_how_to_install_it(trained, score, refused, capsys, monkeypatch):
-    find = importlib.util.find_spec
-    without = lambda name, *rest: None if name == "matplotlib" else find(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", without)
-    capsys.readouterr()
-    refused(lambda: score("--plot", "plot.png"), "--plot needs matplotlib: pip install matplotlib")
+@pytest.mark.parametrize("words, module, package", [
+    ("--plot plot.png", "matplotlib", "matplotlib"), ("--plot plot.png", "PIL", "pillow"),
+    ("--probe probe.png", "matplotlib", "matplotlib"), ("--video film.gif", "PIL", "pillow")])
+def test_without_a_package_one_line_says_how_to_install_it(words, module, package, tmp_path):
+    """In a process of its own, in which the package cannot be found."""
+    (tmp_path / "without.py").write_text(f"""
+import importlib.abc, sys
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == {module!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Without())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {module!r} else find(name, *rest)
+import evaluate
+sys.argv = ["evaluate.py", *{words.split()!r}]
+evaluate.main()
+""")
+    end = subprocess.run([sys.executable, "without.py"], cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    said = f"evaluate.py: error: {words.split()[0]} needs {package}: pip install {package}\n"
+    assert (end.returncode, end.stderr) == (2, said)

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
 import impala_procgen_srwm
-from reporting import results
+from reporting import playing, results, runs
 
 ROOT = Path(__file__).parent.parent
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
@@ -24,8 +26,8 @@ needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is 
 def scored_once(trained_once, tmp_path_factory):
     run = shutil.copytree(trained_once, tmp_path_factory.mktemp("scored_once") / trained_once.name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "SLOTS", {"cpu": 4})
-        patch.setattr(evaluate, "VECTOR", {"cpu": 2})
+        patch.setattr(playing, "SLOTS", {"cpu": 4})
+        patch.setattr(playing, "VECTOR", {"cpu": 2})
         words = "--splits train 1000 --num-levels 1 --no-cuda --bf16 False"  # which some CPUs would not choose
         patch.setattr(sys, "argv", [evaluate.__file__, str(run), *words.split()])
         evaluate.main()
@@ -61,12 +63,24 @@ def test_what_is_kept_of_a_run_is_its_command_line_arguments_scores_and_curve(sc
     assert arguments["args"] == torch.load(scored / "checkpoint.pt")["args"] and arguments["step"] == 20
     flags = "--multi-env 2 --num-actors 2 --num-envs 4 --total-steps 20 --unroll-length 5 --batch-size 4"
     words = {"python", "impala_procgen_srwm.py", "--log-interval", "0.0", *flags.split()}
-    assert set(arguments["command"].split()) == words
+    (typed,) = arguments["commands"]
+    assert set(typed["command"].split()) == words and typed["step"] == 0
     for name in ("evaluation_easy_0_1.json", "evaluation_easy_1000_1.json"):
         assert json.loads((kept / name).read_text()) == json.loads((scored / name).read_text())
     steps, values = results.read_curve(kept / "curve.csv")["return/bigfish"]
     assert len(steps) == 200 and (steps[0], steps[-1]) == (0, 9990) and (values == steps / 80).all()
     assert sum(path.stat().st_size for path in kept.iterdir()) < 20_000
+
+
+def test_what_is_kept_of_a_resumed_run_has_the_command_of_each_part(train, command, score):
+    run = train("--total-steps", 20, "--learning-rate", 0.003)
+    command(impala_procgen_srwm, "--resume", run, "--total-steps", 40, "--learning-rate", 6e-4)
+    score(run, "--num-levels", 1)
+    command(results, "add", run)
+    first, second = json.loads(Path("results", run.name, "arguments.json").read_text())["commands"]
+    assert "--learning-rate 0.003" in first["command"] and first["step"] == 0
+    assert second == dict(step=20, command=f"python impala_procgen_srwm.py --resume runs/{run.name} "
+                                           "--total-steps 40 --learning-rate 0.0006")
 
 
 def test_a_curve_keeps_the_steps_at_which_a_game_had_no_episode_empty(tmp_path):
@@ -96,13 +110,44 @@ def test_the_report_s_table_is_that_of_evaluate_py(scored, score, command, capsy
     assert "(easy_greedy.png)" in written and Path("results/easy_greedy.png").stat().st_size > 10_000
 
 
-def test_seeds_are_one_model_whatever_the_version_of_the_script_and_other_levels_another_table(scored, score, command):
-    score(scored, "--splits", "1200", "--num-levels", 1, "--env", "fruitbot", "--bf16", "False")
-    command(results, "add", scored, a_seed(scored, 2, "12345678"))
+def test_seeds_of_one_version_of_the_script_are_one_model_and_other_levels_another_table(scored, score, command):
+    score(scored, "--splits", "1200", "--num-levels", 1, "--env", "fruitbot")
+    own = json.loads((scored / "evaluation_easy_0_1.json").read_text())["code"]
+    command(results, "add", scored, a_seed(scored, 2, own))
     found = results.tables_of(sorted(Path("results").iterdir()))
     assert {setting[2:]: [run.model for run in runs] for setting, runs in found.items()} == {
         (("bigfish", "fruitbot"), False, ((0, 1), (1000, 1))): ["srwm", "srwm"],
         (("fruitbot",), False, ((1200, 1),)): ["srwm", "srwm"]}
+
+
+@needs_matplotlib
+def test_versions_of_a_script_are_one_model_only_if_somebody_says_why(scored, command):
+    def models():
+        folders = sorted(path for path in Path("results").iterdir() if path.is_dir())
+        return [run.model for runs in results.tables_of(folders).values() for run in runs]
+
+    own = json.loads((scored / "evaluation_easy_0_1.json").read_text())["code"]
+    command(results, "add", scored, a_seed(scored, 2, "12345678"))
+    assert sorted(models()) == sorted([f"srwm code {own}", "srwm code 12345678"])
+    versions = [dict(codes=[own, "12345678"], why="They differ in a comment.")]
+    Path("results/versions.json").write_text(json.dumps(versions))
+    assert models() == ["srwm", "srwm"]
+    command(results, "report")
+    assert f"Versions {own} and 12345678 of a script count as one: They differ in a comment." in (
+        Path("results/README.md").read_text())
+
+
+def test_two_runs_of_one_seed_do_not_count_as_two(scored, command, capsys):
+    own = json.loads((scored / "evaluation_easy_0_1.json").read_text())["code"]
+    command(results, "add", scored, a_seed(scored, 1, own))
+    ((*_, runs),) = results.tables_of(sorted(Path("results").iterdir())).items()
+    assert len(runs) == 1 and "has a seed of srwm that is there already: 1" in capsys.readouterr().err
+
+
+def test_it_is_started_by_its_path_too_in_whatever_folder(tmp_path):
+    words = [sys.executable, ROOT / "reporting" / "results.py", "report"]
+    end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert end.returncode == 2 and "results/ holds no scores" in end.stderr
 
 
 def test_the_best_model_comes_first_with_all_its_seeds_and_returns_count_where_nothing_is_normalized():
@@ -177,7 +222,7 @@ def test_scores_of_another_step_are_not_kept(scored, command, refused, capsys):
 
 @pytest.mark.parametrize("words, expected", [
     ("add", "runs must be named"), ("add nowhere", "runs must be folders with a checkpoint.pt, got nowhere"),
-    ("add RUN", "has no scores of step 20 yet"), ("report", "results/ holds no scores"), ("publish", "add, report, release"),
+    ("add RUN", "has no scores of step 20 yet"), ("report", "results/ holds no scores"),
     ("release RUN agent.pth", "target must end in .pt"),
 ])
 def test_what_is_not_allowed_is_refused(words, expected, trained, command, refused):
@@ -204,6 +249,7 @@ def test_a_release_is_the_weights_alone_and_its_scores_beside_it(scored, release
     assert scores == [json.loads(path.read_text()) for path in sorted(scored.glob("evaluation*"))]
 
 
+@pytest.mark.slow
 def test_weights_alone_are_scored_like_their_run_and_leave_their_folder_alone(scored, released, score):
     before = {path: path.read_bytes() for path in released.parent.iterdir()}
     score(released, "--splits", "1000", "--num-levels", 1)
@@ -213,23 +259,26 @@ def test_weights_alone_are_scored_like_their_run_and_leave_their_folder_alone(sc
     assert ours["games"] == theirs["games"]
 
 
+@pytest.mark.slow
 def test_weights_alone_begin_a_new_run(released, train):
     run = train("--total-steps", 20, "--init-from", released, "--learning-rate", 0)
     new, old = (torch.load(path)["model"] for path in (run / "checkpoint.pt", released))
     assert all((new[name] == tensor).all() for name, tensor in old.items())
 
 
+@pytest.mark.slow
 def test_weights_alone_are_no_run_that_could_go_on(released, command, refused):
     refused(lambda: command(impala_procgen_srwm, "--resume", released), "--resume needs a run", "--init-from")
 
 
 def replay(path):
     """The returns that a release has of some levels, and those that its weights get now."""
-    run = evaluate.load_run(path, evaluate.Args(cuda=False, bf16=False))
+    run = runs.load_run(path, evaluate.Args(cuda=False, bf16=False))
     *levels, stored = zip(*json.loads(path.with_suffix(".json").read_text())["levels"])
-    return evaluate.play(run.script, run.agent, run.args, list(zip(*levels))).tolist(), list(stored)
+    return playing.play(run.script, run.agent, run.args, list(zip(*levels))).tolist(), list(stored)
 
 
+@pytest.mark.slow
 def test_a_release_keeps_returns_that_its_weights_get_again(released, monkeypatch, few_slots):
     monkeypatch.setattr(results, "NUM_STEPS", 250)
     levels = results.play_levels(released)
@@ -244,6 +293,7 @@ def test_a_pretrained_agent_gets_the_returns_that_stand_beside_it(path, few_slot
     assert now == stored and len(stored) > 0 and path.stat().st_size <= 5e6
 
 
+@pytest.mark.slow
 def test_the_page_of_results_is_made_of_the_files_beside_it(command, monkeypatch):
     monkeypatch.setattr(results.pictures, "plot", lambda *anything: None)
     shutil.copytree(ROOT / "results", "results")
@@ -253,7 +303,9 @@ def test_the_page_of_results_is_made_of_the_files_beside_it(command, monkeypatch
 
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
 def test_every_score_in_the_documents_stands_on_the_page_of_results(document):
-    scores = re.findall(r"[-\d.]+(?: ± [\d.]+)? \[[^]a-z]+\]", (ROOT / document).read_text())
-    page = (ROOT / "results/README.md").read_text()
-    assert len(scores) > 10
-    assert [score for score in scores if f" {score} " not in page] == []
+    """In tables with its mark, by which it is clear or plausible."""
+    text, page = (ROOT / document).read_text(), (ROOT / "results/README.md").read_text()
+    scores = re.findall(r"[-\d.]+(?: ± [\d.]+)? \[[^]a-z]+\]", text)
+    assert len(scores) > 10 and [score for score in scores if f" {score}" not in page] == []
+    tabled = re.findall(r"[-\d.]+(?: ± [\d.]+)? \[[^]a-z]+\][^ ]*(?= \|)", text)
+    assert len(tabled) > 10 and [score for score in tabled if f" {score} |" not in page] == []

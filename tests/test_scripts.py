@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import FRUITBOT
 
-import evaluate
 import impala_procgen_srwm
+from reporting import playing, runs
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [f"impala_procgen_{name}" for name in ("delta", "fake_sr", "ff", "lstm", "sr_delta", "srwm")]
@@ -86,8 +86,8 @@ def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     copy = apply(diff, Path(impala_procgen_srwm.__file__).read_text())
     (tmp_path / "my_ablation.py").write_text(copy)
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    script = evaluate.import_script("my_ablation.py")
+    monkeypatch.setattr(runs, "HOME", tmp_path)
+    script = runs.import_script("my_ablation.py")
     run = train("--total-steps", 60, script=script)
     assert "layers.0.gate.weight" in torch.load(run / "checkpoint.pt")["model"]
     assert run.name.startswith("my_ablation__1__")
@@ -100,9 +100,9 @@ def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
     options = dict(use_backgrounds=False, restrict_themes=True)
     script = own_copy("rand_seed=seed % 2**31,", "rand_seed=seed % 2**31, use_backgrounds=False, restrict_themes=True,")
     args = script.Args(cuda=False)
-    mine = evaluate.make_level(script, args, "starpilot", 3).observe()[1]["rgb"]
+    mine = playing.make_level(script, args, "starpilot", 3).observe()[1]["rgb"]
     engine = script.ProcgenGym3Env(1, "starpilot", num_levels=1, start_level=3, distribution_mode="easy", **options)
-    usual = evaluate.make_level(impala_procgen_srwm, args, "starpilot", 3).observe()[1]["rgb"]
+    usual = playing.make_level(impala_procgen_srwm, args, "starpilot", 3).observe()[1]["rgb"]
     assert (mine == engine.observe()[1]["rgb"]).all() and not (mine == usual).all()
 
 
@@ -125,6 +125,7 @@ def test_one_script_and_evaluate_are_enough(train, tmp_path):
     assert end.returncode == 0 and "lstm" in end.stdout, end.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command, capsys, tmp_path):
     """Its folder has a copy; a change is told when it is resumed or scored, and makes another model."""
     first = train("--total-steps", 20, script=own_copy("return h + self.out", "return 1 * h + self.out"))
@@ -138,7 +139,8 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
     capsys.readouterr()
     score(first, second, "--num-levels", 1, *FRUITBOT)
     out, error = capsys.readouterr()
-    assert error.count(f"note: my_ablation.py has changed since it trained {first}/checkpoint.pt") == 1 == error.count("note")
+    note = f"note: my_ablation.py has changed since {first}/checkpoint.pt was trained"
+    assert error.count(note) == 1 == error.count("note")
     assert len(set(re.findall("my_ablation code ([0-9a-f]{8})", out))) == 2
     assert (first / "my_ablation.py").read_text() == text
     command(script, "--resume", first, "--total-steps", 40)

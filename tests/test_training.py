@@ -428,6 +428,7 @@ def test_returns_and_lengths_of_each_game_are_logged(trained, command):
         assert logged[f"{kind}/mean"] == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(train, monkeypatch):
     begin = script.Validation.start
 
@@ -542,8 +543,10 @@ def save_with(path, **arguments):
     (lambda path: path.write_bytes(b""), "is not a whole checkpoint"),
     (lambda path: torch.save({"model": {}}, path), "is not a checkpoint of this project"),
     (lambda path: torch.save(torch.load(path) | {"script": "other.py"}, path), "belongs to other.py"),
-    (lambda path: save_with(path, reward_clipping="sometimes"), "--reward-clipping must be one of abs_one, normalize, none"),
-    (lambda path: save_with(path, distribution_mode="exploration"), "--distribution-mode must be one of easy, hard"),
+    (lambda path: save_with(path, reward_clipping="sometimes"),
+     "--reward-clipping: Input should be 'abs_one', 'normalize' or 'none', got sometimes"),
+    (lambda path: save_with(path, distribution_mode="exploration"),
+     "--distribution-mode: Input should be 'easy', 'hard', 'extreme' or 'memory', got exploration"),
 ])
 def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, trained, command, refused, capsys):
     damage(trained / "checkpoint.pt")
