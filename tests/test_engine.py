@@ -236,6 +236,42 @@ def test_in_miner_the_exit_is_open_at_the_first_step_of_a_fresh_engine_alone():
     assert reward[0] == 0 and not done[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("levels, by_moving, in_all", [(range(200), 13, 15), (range(1000, 1600), 19, 25)], ids=str)
+def test_levels_of_miner_that_can_be_completed_at_the_first_step(levels, by_moving, in_all):
+    envs, completed = each_level("miner", list(levels)), []
+    states = envs.get_state()
+    for action in (0, 3, 4, 5, 6):  # left, down, nothing, up, right
+        for n, state in enumerate(states):
+            put(envs, n, state)
+        completed.append(step(envs, action)[0] >= 10)
+    still = completed.pop(2)
+    assert np.any(completed, axis=0).sum() == by_moving and (np.any(completed, axis=0) | still).sum() == in_all
+
+
+def test_in_fruitbot_the_last_step_gives_10_or_20():
+    """A state goes on after what `time_limit` skips with 12 words, the number of things, and x and y of the robot."""
+    rewards = []
+    for level in range(20):
+        envs = make("fruitbot", levels=1, start=level)
+        state, at = bytearray(envs.get_state()[0]), 8 + len("fruitbot") + 17 * 4
+        for _ in range(2):
+            at += 8 + int.from_bytes(state[at + 4 : at + 8], "little")
+        state[at + 72 : at + 76] = np.float32(57.9).tobytes()  # just below the presents
+        put(envs, 0, bytes(state))
+        done = False
+        while not done:
+            (reward,), _, (done,) = step(envs, 4)
+        rewards.append(float(reward))
+    assert set(rewards) == {10, 20} and rewards.count(20) > rewards.count(10)
+
+
+def test_easy_and_hard_mode_begin_with_the_same_frame_in_two_games():
+    same = {game for game in script.GAMES["easy"] if all(np.array_equal(*(
+        look(make(game, mode=mode, levels=1, start=level))[1] for mode in ("easy", "hard"))) for level in range(5))}
+    assert same == {"bossfight", "starpilot"}
+
+
 def test_in_dodgeball_the_first_throw_goes_where_the_episode_before_looked():
     def throw(envs):
         return [step(envs, action)[1] for action in (9, 4, 4, 4)]
