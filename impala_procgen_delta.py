@@ -29,11 +29,12 @@ import time
 import weakref
 import zipfile
 from collections import Counter, deque
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -41,7 +42,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from pydantic import TypeAdapter, ValidationError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
@@ -645,11 +645,15 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 
 
 def check_values(args):
-    """Raises ValueError for a number that is not allowed, also where it comes from a checkpoint."""
+    """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
     always_positive = ("epsilon", "grad_norm_clipping", "total_steps")
     at_most_one = ("discounting", "alpha", "momentum")
-    for name, value in vars(args).items():
+    for field in fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            allowed = ", ".join(get_args(field.type))
+            raise ValueError(f"--{name.replace('_', '-')} must be one of {allowed}, got {value}")
         if type(value) in (int, float):
             positive = type(value) is int and name not in may_be_zero or name in always_positive
             most = 1 if name in at_most_one else 1e15 if "step" in name or "checkpoint" in name else 2**31 - 1
@@ -1007,23 +1011,32 @@ def load_weights(agent, checkpoint):
         raise ValueError(f"the checkpoint holds a model of other sizes than the arguments say: {reason}") from None
 
 
-def to_plain(args):
-    """The arguments as a dictionary of plain values. Raises ValueError for a type that has none."""
-    try:
-        return TypeAdapter(Args).dump_python(args, mode="json")
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"a checkpoint cannot hold these arguments: {str(error).splitlines()[0]}") from None
+def to_plain(value):
+    """Arguments, or the value of one, as what a checkpoint may hold. Raises ValueError for a type that has no such form."""
+    if is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(each) for each in value]
+    if not isinstance(value, (bool, int, float, str, Path, Enum, NoneType)):
+        raise ValueError(f"a checkpoint cannot hold an argument of type {type(value).__name__}")
+    return value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
-def from_plain(plain):
-    """The arguments again; names that are none any more are left out. ValueError for a value that is not allowed."""
-    try:
-        args = TypeAdapter(Args).validate_python({name: plain[name] for name in plain.keys() & vars(Args()).keys()})
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise ValueError(f"--{wrong['loc'][0].replace('_', '-')}: {wrong['msg']}, got {wrong['input']}") from None
-    check_values(args)
-    return args
+def from_plain(plain, kind=None):
+    """What `to_plain` made plain, again of its type, by default Args. Names that are no arguments any more are left out."""
+    kind = kind or Args
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: from_plain(plain[name], kinds[name]) for name in plain.keys() & kinds.keys()})
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if plain is None else from_plain(plain, next(part for part in parts if part is not NoneType))
+    if origin in (tuple, list):
+        one_kind = origin is list or ... in parts
+        return origin(map(from_plain, plain, parts[:1] * len(plain) if one_kind else parts))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[plain]
+    return Path(plain) if kind is Path else plain
 
 
 def make_agent(args, checkpoint):

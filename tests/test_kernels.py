@@ -172,9 +172,9 @@ def test_a_kernel_that_does_not_compile_leaves_the_work_to_pytorch(sources):
 
 
 @pytest.mark.gpu
-def test_a_kernel_that_the_driver_does_not_load_leaves_the_work_to_pytorch(monkeypatch):
+def test_a_kernel_that_the_driver_does_not_load_leaves_the_work_to_pytorch(cache, monkeypatch):
     """As the code of a compiler that is newer than the driver."""
-    monkeypatch.setattr(kernels, "compiled", lambda *words: (b"name", b"no machine code"))
+    monkeypatch.setattr(kernels, "_compile", lambda *words: (b"name", b"no machine code"))
     arguments = inputs(5, 2, 2, 16, 16, 0.1, torch.float32, "cuda")
     with pytest.warns(UserWarning, match="cannot be compiled or loaded.*PyTorch's version"):
         ours = srwm_cuda.srwm(*arguments)

@@ -544,9 +544,9 @@ def save_with(path, **arguments):
     (lambda path: torch.save({"model": {}}, path), "is not a checkpoint of this project"),
     (lambda path: torch.save(torch.load(path) | {"script": "other.py"}, path), "belongs to other.py"),
     (lambda path: save_with(path, reward_clipping="sometimes"),
-     "--reward-clipping: Input should be 'abs_one', 'normalize' or 'none', got sometimes"),
+     "--reward-clipping must be one of abs_one, normalize, none, got sometimes"),
     (lambda path: save_with(path, distribution_mode="exploration"),
-     "--distribution-mode: Input should be 'easy', 'hard', 'extreme' or 'memory', got exploration"),
+     "--distribution-mode must be one of easy, hard, extreme, memory, got exploration"),
 ])
 def test_a_damaged_or_foreign_checkpoint_is_refused(damage, expected, trained, command, refused, capsys):
     damage(trained / "checkpoint.pt")
