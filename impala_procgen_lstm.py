@@ -34,7 +34,7 @@ from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ from srwm_cuda.engine import ProcgenGym3Env
 
 Mode = Literal["easy", "hard", "extreme", "memory"]
 FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # FEATURES: what the encoder makes of a frame
+Steps = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(1, "INT", lambda words: int(min(float(words[0]), 1e16)),
+                  lambda value: isinstance(value, int), lambda value: [str(value)])]  # may be written as 1e6
 
 
 @dataclass
@@ -71,7 +73,7 @@ class EnvironmentArgs:
 
 @dataclass
 class LearningArgs:
-    total_steps: float = 3e8  # environment steps to learn from, over which the learning rate falls to zero
+    total_steps: Steps = 300_000_000  # environment steps to learn from, over which the learning rate falls to zero
     unroll_length: int = 50  # steps T of an unroll
     batch_size: int = 32  # unrolls B in an update
     learning_rate: float = 6e-4  # of RMSprop, at the start
@@ -622,7 +624,7 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 def check_values(args):
     """Raises ValueError for a number or a choice that is not allowed, also where it comes from a checkpoint."""
     may_be_zero = ("seed", "num_levels", "start_level", "valid_num_levels", "valid_start_level")
-    always_positive = ("epsilon", "grad_norm_clipping", "total_steps")
+    always_positive = ("epsilon", "grad_norm_clipping")
     at_most_one = ("discounting", "alpha", "momentum")
     for field in fields(args):
         name, value = field.name, getattr(args, field.name)
@@ -670,7 +672,7 @@ def resolve_args(given):
     if Path(args.exp_name).name != args.exp_name or not args.exp_name.isprintable() or len(args.exp_name) > 200:
         raise ValueError(f"--exp-name must be a folder's name, got '{args.exp_name}'")
     if (args.save_extra_checkpoint or 0) > args.total_steps:
-        raise ValueError(f"--save-extra-checkpoint must be at most --total-steps {args.total_steps:.0f}, "
+        raise ValueError(f"--save-extra-checkpoint must be at most --total-steps {args.total_steps}, "
                          f"got {args.save_extra_checkpoint}")
     if args.env is not None and args.multi_env is not None:
         raise ValueError("--env and --multi-env exclude each other")
@@ -787,7 +789,7 @@ class Run:
         self.history = [*checkpoint.get("history", ()), part]
         old, new = (part["args"]["total_steps"] for part in self.history[-2:]) if self.step else (1, 1)
         if old != new and RANK == 0:
-            say(f"with --total-steps {new:,.0f} instead of {old:,.0f}, the learning rate goes on at "
+            say(f"with --total-steps {new:,} instead of {old:,}, the learning rate goes on at "
                 f"{1 - self.step / new:.0%} of its start, not at {max(0, 1 - self.step / old):.0%}")
         # A resumed run plays on, not again; each process has its range.
         self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16
@@ -1167,7 +1169,7 @@ class Logger:
         returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
         returns += f", validation {valid[valid_name]:.3f}" if valid_name else ""
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
-        say(f"step {run.step:,} of {total:,.0f} | {sps:,.0f} steps/s | {left} left | {returns}")
+        say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}")
         return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
 
     def fail(self, error):
@@ -1266,7 +1268,8 @@ class Launch:
 
     def __init__(self):
         self.store, of_torchrun = dist.HashStore(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        for name in (*NUMBERS, "MASTER_ADDR", "MASTER_PORT") if os.environ.keys() & NUMBERS else ():
+        given = os.environ.keys() & NUMBERS
+        for name in sorted(given | {"RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"} if given else ()):
             value = os.environ.get(name, "")
             if not value or name != "MASTER_ADDR" and not value.isdecimal():
                 raise ValueError(f"{name} is '{value}' in the environment, where torchrun sets it beside others: start "
@@ -1401,7 +1404,7 @@ def main():
             launch = Launch()
             given, checkpoint = parse_args(launch)
             if given.resume is not None and (step := checkpoint["step"]) >= given.total_steps:
-                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,.0f}: nothing to do")
+                return say(f"{given.resume} is finished, at step {step:,} of {given.total_steps:,}: nothing to do")
             run = Run(launch, given, checkpoint)
         except BrokenPipeError:  # of --help | head
             os._exit(0)

@@ -88,9 +88,10 @@ def test_cuda_without_a_gpu_is_refused(command, refused, trained):
 
 
 @pytest.mark.parametrize("variables, named", [
-    (dict(RANK="1"), "LOCAL_RANK is ''"), (dict(WORLD_SIZE="2"), "RANK is ''"), (dict(WORLD_SIZE=""), "RANK is ''"),
-    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="two", LOCAL_WORLD_SIZE="1"), "WORLD_SIZE is 'two'"),
-    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1"), "MASTER_ADDR is ''"),
+    (dict(RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "WORLD_SIZE is ''"), (dict(WORLD_SIZE="2"), "MASTER_ADDR is ''"),
+    (dict(WORLD_SIZE="", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1"), "WORLD_SIZE is ''"),
+    (dict(RANK="0", WORLD_SIZE="two", MASTER_ADDR="localhost", MASTER_PORT="1"), "WORLD_SIZE is 'two'"),
+    (dict(RANK="0", LOCAL_RANK="", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "LOCAL_RANK is ''"),
 ])
 def test_half_of_torchrun_s_variables_are_refused(variables, named, command, refused, monkeypatch):
     for name, value in variables.items():

@@ -178,7 +178,8 @@ def test_arguments_of_a_copy_of_any_type_come_back_from_a_checkpoint(own_copy, t
     script = own_copy("@dataclass\nclass EnvironmentArgs:", TYPES, "    carry_state: bool = True", ARGUMENTS,
                       "import contextlib\n", "import contextlib\nimport enum\n",
                       "from dataclasses import dataclass,", "from dataclasses import dataclass, field,")
-    words = "--data a/b --sizes 3 4 5 --pair c 2 --names d --colour BLUE --more.x 2 --more.files a b --save-extra-checkpoint 20".split()
+    words = "--data a/b --sizes 3 4 5 --pair c 2 --names d --colour BLUE --more.x 2 --more.files a b".split()
+    words += ["--save-extra-checkpoint", "20"]
     run = train("--total-steps", 40, *words, script=script)
     saved = script.load_checkpoint(run / "checkpoint.pt", None)["args"]
     args = script.from_plain(saved)

@@ -215,8 +215,8 @@ def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_las
 def test_stuck_environments_end_the_run(start_level, method, deterministic, train, monkeypatch):
     make_envs, trainer = script.make_envs, os.getpid()
 
-    def make_stuck_envs(args, *rest):
-        envs, calls = make_envs(args, *rest), []
+    def make_stuck_envs(args, *rest, **options):
+        envs, calls = make_envs(args, *rest, **options), []
         function = getattr(envs, method)
 
         def get_stuck(*words):
