@@ -825,8 +825,8 @@ def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train,
             train("--total-steps", 20, "--multi-env", "None", *FRUITBOT, "--exp-name", "one")]
     capsys.readouterr()
     refused(lambda: score(*runs), "runs must have the same games", "bigfish fruitbot (easy)")
-    score(*runs, "--num-levels", 1, "--env", "bigfish")
-    assert "srwm bigfish " in capsys.readouterr().out
+    score(*runs, "--num-levels", 1, *FRUITBOT)
+    assert "srwm fruitbot " in capsys.readouterr().out
 
 
 def test_no_checkpoint_at_all_is_refused(score, refused):
