@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import tyro
 
+sys.path.append(str(Path(__file__).parent))  # where reporting and srwm_cuda are, also with PYTHONSAFEPATH
 from reporting import playing, tables
 from reporting.runs import Choice, load_run, read_record
 from srwm_cuda import processes

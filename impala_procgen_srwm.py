@@ -46,6 +46,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
+sys.path.append(str(Path(__file__).parent))  # where srwm_cuda is, also with PYTHONSAFEPATH
 import srwm_cuda
 from srwm_cuda import processes
 from srwm_cuda.engine import ProcgenGym3Env
@@ -473,8 +474,7 @@ class Learner:
                                              momentum=args.momentum, foreach=args.cuda, capturable=args.cuda)
         prepare_optimizer(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
-        self.names = ()  # of the statistics, once known
-        self.unroll, self.column = None, 0  # in use, and its first environment that was not yet learned from
+        self.unroll, self.column, self.names = None, 0, ()  # in use, its first column not learned from; of statistics
         self.backward_graph = self.step_graph = None
         self.batch.obs.random_(0, 256)
         begin = [x[:1] for x in self.batch.inputs] + [self.batch.state]

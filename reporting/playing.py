@@ -102,6 +102,7 @@ class Vector:
     def __init__(self, policy, slots, todo, returns):
         self.policy, self.slots, self.todo, self.returns = policy, slots, todo, returns
         self.playing = np.full(slots.stop - slots.start, -1)  # for which of the returns, or -1
+        self.envs = None
 
     def begin(self):
         """Gives free environments a level, and the policy what it sees. Returns whether there is anything to play."""
@@ -111,6 +112,7 @@ class Vector:
             if not self.todo[self.game]:
                 return False
             threads = ENGINE_THREADS[self.policy.device.type]
+            close(self.envs)
             self.envs = self.make(level=0, num=len(free), num_threads=threads)
         for n in free:
             try:
@@ -119,8 +121,10 @@ class Vector:
                 break
             # An engine plays the levels that it was made for. So environment n gets its level as the state of another
             # engine, which was made for that level alone and has not moved yet.
-            state = self.make(level).get_state()[0]
+            one = self.make(level)
+            state = one.get_state()[0]
             self.envs.call_c_func("set_state", n, state, len(state))
+            close(one)
             self.policy.begin_episode(self.slots.start + n, self.game, level)
         if free:
             self.frames = self.envs.observe()[1]["rgb"]
@@ -144,24 +148,33 @@ class Vector:
         return dict(steps=int(active.sum()), episodes=int(ended.sum()))
 
 
+def close(envs):
+    """Closes an engine here and now: when Python ends, other threads may be in it. A wrapper need not have a close."""
+    getattr(envs, "close", lambda: None)()
+
+
 def play_slots(policy, todo, returns, progress, stop):
     """Plays what is left to do, {game: deque of (number, level)}, in a policy's slots; adds to the returns by number.
     A generator, which yields where it would wait: an event while the policy acts, None while environments move."""
     size = VECTOR[policy.device.type]
     vectors = [Vector(policy, slice(first, first + size), todo, returns) for first in range(0, len(policy.step), size)]
-    while not stop.is_set():
-        busy = [vector for vector in vectors if vector.begin()]
-        if busy:
-            acted = policy.begin_act()
-            yield acted
-            acted.synchronize()
-            for vector in busy:
-                vector.act(policy.action.numpy())
-            yield None
-            for vector in busy:
-                progress.update(vector.observe())
-        elif not any(todo.values()):
-            break
+    try:
+        while not stop.is_set():
+            busy = [vector for vector in vectors if vector.begin()]
+            if busy:
+                acted = policy.begin_act()
+                yield acted
+                acted.synchronize()
+                for vector in busy:
+                    vector.act(policy.action.numpy())
+                yield None
+                for vector in busy:
+                    progress.update(vector.observe())
+            elif not any(todo.values()):
+                break
+    finally:
+        for vector in vectors:
+            close(vector.envs)
 
 
 def take_turns(players):

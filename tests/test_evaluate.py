@@ -829,6 +829,15 @@ def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train,
     assert "srwm fruitbot " in capsys.readouterr().out
 
 
+def test_engines_are_closed_when_all_is_played(few_slots, monkeypatch):
+    """And not when Python ends, as far as it does so in an order that suits them."""
+    make_envs, made = script.make_envs, []
+    monkeypatch.setattr(script, "make_envs", lambda *words, **options: made.append(make_envs(*words, **options)) or made[-1])
+    args = script.Args(cuda=False, bf16=False)
+    playing.play(script, script.Agent(args), args, [("leaper", 0), ("maze", 1), ("leaper", 2)])
+    assert len(made) > 3 and all(envs.closed if hasattr(envs, "closed") else envs._handle is None for envs in made)
+
+
 def test_no_checkpoint_at_all_is_refused(score, refused):
     refused(score, "there is no checkpoint under runs/")
 

@@ -126,6 +126,14 @@ def test_one_script_and_evaluate_are_enough(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_scripts_find_their_modules_where_python_does_not_look_beside_them(tmp_path):
+    for name in ("impala_procgen_ff.py", "evaluate.py"):
+        end = subprocess.run([sys.executable, ROOT / name, "--help"], cwd=tmp_path, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": ""})
+        assert end.returncode == 0, end.stderr
+
+
 def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command, capsys, tmp_path):
     """Its folder has a copy; a change is told when it is resumed or scored, and makes another model."""
     first = train("--total-steps", 20, script=own_copy("return h + self.out", "return 1 * h + self.out"))
