@@ -1086,6 +1086,8 @@ def make_folder(args):
     """The folder of the run that continues, or of a new one, locked; of several processes, only the first makes one."""
     folder = args.resume
     if folder is None and RANK == 0:
+        if not Path("runs").is_dir() and os.path.lexists("runs"):
+            raise ValueError("runs must be a folder, or a link to one: it is where runs go")
         Path("runs").mkdir(exist_ok=True)
         folder = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         while True:

@@ -56,6 +56,17 @@ def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, ref
     assert contents(tmp_path) == before
 
 
+def test_a_link_that_leads_nowhere_is_no_place_for_runs(command, refused, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere")
+    refused(lambda: command(script, *TINY), "runs must be a folder, or a link to one")
+
+
+def test_without_wandb_a_run_is_not_tracked_there_and_says_why(train, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train("--total-steps", 20, "--track")
+    assert "training goes on without Weights & Biases: import of wandb halted" in capsys.readouterr().out
+
+
 def test_a_longer_schedule_is_told_when_a_run_goes_on_with_it(trained, command, capsys):
     command(script, "--resume", trained, "--total-steps", 40)
     told = "with --total-steps 40 instead of 20, the learning rate goes on at 50% of its start, not at 0%"
