@@ -23,7 +23,7 @@ GIF_COLORS = (128, 64, 32, 16, 8)  # to try, until it has no more
 ENDINGS = {"plot": (".png", ".pdf", ".svg"), "video": (".mp4", ".gif"), "probe": (".png", ".pdf", ".svg")}
 COLORS = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#c99a2e", "#5f6b73", "#b5578b", "#3aa6a0")
 GOOD, BAD = "#2e8b57", "#c8102e"  # rewards
-ALPHA = {"train": 0.4, "mixed": 0.7, "test": 1.0}  # of a split's scores
+ALPHA = {"train": 0.4, "mixed": 0.7, "validation": 0.85, "test": 1.0}  # of a split's scores
 RATES = (r"$\beta_y$, learning rate of the output's columns", r"$\beta_q$, of the query's columns",
          r"$\beta_k$, of the key's", r"$\beta_\beta$, of the learning rates' own")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,

@@ -24,7 +24,8 @@ RECORD = set("run file script code flags init_from trained_games seed step valid
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 
 
-Split = namedtuple("Split", "first count column")  # of the tables: train, test, or mixed if it has levels of both kinds
+# The column is of the tables: train, test, mixed (levels of both kinds), validation (weights were chosen on some of it).
+Split = namedtuple("Split", "first count column")
 
 
 @dataclass
@@ -90,9 +91,10 @@ def import_script(name):
     return module
 
 
-def choose_splits(args, mode, games, script, history):
+def choose_splits(args, mode, games, script, history, is_best=False):
     """The splits that the arguments ask for. Their columns in the tables depend on what the run has seen: history is a
-    list of arguments and games, its own and then those of the runs with whose weights it began."""
+    list of arguments and games, its own and then those of the runs with whose weights it began. is_best: whether its
+    weights were chosen by validation."""
     trained, _ = history[0]
     words = [part for word in args.splits or [str(args.start_level)] for part in SPLITS.get(word, [word])]
     if wrong := [word for word in words if word != "train" and not (word.isdecimal() and int(word) < 2**31)]:
@@ -112,6 +114,10 @@ def choose_splits(args, mode, games, script, history):
             if mode == seen.distribution_mode and begin <= last and first < end and set(games) & set(seen_games):
                 all_of_them = begin <= first and last < end and set(games) <= set(seen_games)
                 column = "train" if all_of_them or column == "train" else "mixed"
+        begin, end = trained.valid_start_level, trained.valid_start_level + trained.valid_num_levels
+        valid_mode = trained.valid_distribution_mode or trained.distribution_mode
+        if is_best and column == "test" and mode == valid_mode and begin <= last and first < end:
+            column = "validation"
         splits.append(Split(first, count, column))
     return splits
 
@@ -128,7 +134,8 @@ def load_run(path, args):
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
     if len(set(games)) < len(games):
         raise ValueError(f"--env must name each game once, got {' '.join(games)}")
-    splits, played = choose_splits(args, mode, games, script, history), replace(trained, distribution_mode=mode)
+    splits = choose_splits(args, mode, games, script, history, path.stem == "best")
+    played = replace(trained, distribution_mode=mode)
     with ThreadPoolExecutor() as pool:
         engine = pool.submit(script.make_envs, played, games, len(games), seed=0)  # loads its pictures meanwhile
         agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 DRAWS = 100_000  # bootstrap samples: so many that an end of an interval of width 0.05 moves by less than 0.0005
 MARGIN = 0.0005  # by more than which the interval of a difference must be clear of zero
 PIECE = 2**20  # numbers that are drawn at a time: memory is bounded
-COLUMNS = ("train", "test", "mixed", "gap")
+COLUMNS = ("train", "test", "mixed", "validation", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
 NOTE_ON_DIFFERENCES = "Differences are on the same levels: they may be clear where the intervals of two models overlap."

@@ -320,6 +320,15 @@ def test_the_training_levels_are_a_runs_own():
     assert columns("paper", num_levels=500, count=20)[:2] == [(0, 20, "train"), (1000, 20, "test")]
 
 
+def test_levels_on_which_the_best_weights_were_chosen_are_no_test():
+    trained = script.Args(valid_num_levels=50, valid_start_level=1100)
+    for is_best, mode, expected in ((True, "easy", ["validation", "test"]), (False, "easy", ["test", "test"]),
+                                    (True, "hard", ["test", "test"])):
+        splits = runs.choose_splits(evaluate.Args(splits=("1000", "1200")), mode, ["maze"], script,
+                                    [(trained, ["maze"])], is_best)
+        assert [split.column for split in splits] == expected
+
+
 def test_levels_that_were_trained_on_are_no_test():
     assert {split.column for split in columns("paper", num_levels=0)} == {"train"}
     assert columns("100") == [(100, 200, "mixed")]
