@@ -883,6 +883,7 @@ class Run:
             sys.exit(1)
         if RANK == 0:
             say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}")
+            say(f"next: python evaluate.py {self.folder}, or python {SCRIPT} --resume {self.folder}")
 
     def save(self, name, best=-math.inf):
         """Writes to a temporary file first, so that there is always a whole one. Returns whether it was written."""

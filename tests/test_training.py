@@ -517,6 +517,13 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert all(torch.equal(old, new) for old, new in zip(before, learner.agent.parameters()))
 
 
+def test_a_run_ends_with_the_commands_that_come_next(train, capsys):
+    run = train("--total-steps", 20)
+    run = Path("runs", run.name)
+    next_line = f"next: python evaluate.py {run}, or python impala_procgen_srwm.py --resume {run}"
+    assert capsys.readouterr().out.splitlines()[-1] == next_line
+
+
 def test_a_resumed_run_goes_on(train, command):
     run = train("--total-steps", 200)
     before = read(run)
