@@ -53,7 +53,7 @@ from srwm_cuda.engine import ProcgenGym3Env
 
 Mode = Literal["easy", "hard", "extreme", "memory"]
 FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # FEATURES: what the encoder makes of a frame
-Steps = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(1, "INT", lambda words: int(min(float(words[0]), 1e16)),
+Steps = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(1, "INT", lambda word: int(min(float(word[0]), 1e16)),
                   lambda value: isinstance(value, int), lambda value: [str(value)])]  # may be written as 1e6
 
 
@@ -120,11 +120,11 @@ class Encoder(nn.Module):
     def fused(self):
         """Whether the kernels compute the CNN: where they can run, and only as this text says and makes it."""
         same = str(self.cnn) == self.built if self.kernels else False
-        return same and srwm_cuda.is_impala_cnn(self.cnn, type(self), Residual)
+        return same and srwm_cuda.is_impala_cnn(self.cnn, SOURCE, type(self), Residual)
 
     def forward(self, frames):
-        if not frames.is_cuda and len(frames) > 240:  # on a CPU, pieces that fit its caches are 1.6 times as fast
-            return torch.cat([self(piece) for piece in frames.split(240)])
+        if not frames.is_cuda and len(frames) > 240 and not [*self.buffers()]:  # a CPU's caches hold a piece
+            return torch.cat([self.forward(piece) for piece in frames.split(240)])
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.fused():
                 x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
@@ -235,8 +235,9 @@ class Engine:
                 part = slice(B * n // len(owners), B * (n + 1) // len(owners))
                 vectors[owner].append((block, part, block.flags[n].numpy(), self.next_seed))
                 self.next_seed += 1
-        self.processes = [processes.fork(self.serve, each) for each in vectors]
+        self.processes = []
         self.close, self.watch = weakref.finalize(self, processes.end, self.processes), Watch(self)
+        self.processes.extend(processes.fork(self.serve, each) for each in vectors)
 
     def serve(self, vectors):
         """What a process does: it plays a step of each vector whose flag is 1."""
@@ -312,10 +313,8 @@ class Weights:
 
     @torch.no_grad()
     def restore(self):
-        """Gives the learner's buffers what was published last."""
-        for tensor, published in zip(self.tensors, self.rows[self.version % 8][0]):
-            if not isinstance(tensor, nn.Parameter):
-                tensor.copy_(published)
+        """Gives the learner's agent what was published last."""
+        torch._foreach_copy_(self.tensors, self.rows[self.version % 8][0])
 
     def attach(self, agent):
         """Gives an agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
@@ -461,7 +460,8 @@ class Learner:
         self.unroll, self.column, self.names = None, 0, ()  # in use, its first column not learned from; of statistics
         self.backward_graph = self.step_graph = None
         self.batch.obs.random_(0, 256)
-        begin = [x[:1] for x in self.batch.inputs] + [self.batch.state]
+        torch._foreach_add_([x.data for x in self.parameters], 0.1)  # or what starts at zero would hide a difference
+        begin = [x[:2] for x in self.batch.inputs] + [self.batch.state]  # 2: BatchNorm needs more than one row
         self.modes_differ = not torch.allclose(*(self.logits(mode, *begin) for mode in (False, True)), 1e-3, 1e-4)
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
@@ -794,7 +794,10 @@ class Run:
         make_envs(self.args, games, len(games), self.args.seed)  # fail early if procgen cannot start
         self.step, self.before = checkpoint.get("step", 0), checkpoint.get("before", [])
         # What trained from which step on: a part for the beginning, and one for each resume.
-        part = dict(step=self.step, args=to_plain(replace(given, resume=None)),
+        begun_with = replace(given, resume=None)
+        if from_plain(to_plain(begun_with)) != begun_with:
+            raise ValueError("a checkpoint cannot hold these arguments: one of them would come back as something else")
+        part = dict(step=self.step, args=to_plain(begun_with),
                     sha256=hashlib.sha256(SOURCE.encode()).hexdigest(), srwm_cuda=srwm_cuda.SHA256,
                     processes=NUM_PROCESSES)
         self.history = [*checkpoint.get("history", ()), part]
@@ -837,7 +840,9 @@ class Run:
                 self.validation.start()
             self.best, self.lost_best = -math.inf, False  # of the validation; whether best.pt could not be written
             with contextlib.suppress(ValueError):  # best.pt may be newer than the checkpoint, or not there
-                self.best = load_checkpoint(self.folder / "best.pt", SCRIPT)["best"]
+                best, now = load_checkpoint(self.folder / "best.pt", SCRIPT), self.history[-1]["args"]
+                if all(best["args"].get(name) == now[name] for name in now if name.startswith("valid_")):
+                    self.best = best["best"]
             names = [path.stem.removeprefix("checkpoint_") for path in self.folder.glob("checkpoint_*.pt")]
             kept = max([int(name) for name in names if name.isdecimal()], default=0)
             wanted = self.args.save_extra_checkpoint or math.inf
@@ -1001,7 +1006,7 @@ def load_weights(agent, checkpoint):
 
 
 def to_plain(value):
-    """Arguments, or the value of one, as what a checkpoint may hold. Raises ValueError for a type that has no such form."""
+    """Arguments, or the value of one, as what a checkpoint may hold. Raises ValueError for a type of no such form."""
     if is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (tuple, list)):
@@ -1012,11 +1017,14 @@ def to_plain(value):
 
 
 def from_plain(plain, kind=None):
-    """What `to_plain` made plain, again of its type, by default Args. Names that are no arguments any more are left out."""
+    """What `to_plain` made plain, again of its type, by default Args. What is no argument any more is left out."""
     kind = kind or Args
     if is_dataclass(kind):
-        kinds = get_type_hints(kind)
-        return kind(**{name: from_plain(plain[name], kinds[name]) for name in plain.keys() & kinds.keys()})
+        kinds = {field.name: get_type_hints(kind)[field.name] for field in fields(kind) if field.init}
+        try:
+            return kind(**{name: from_plain(plain[name], kinds[name]) for name in plain.keys() & kinds.keys()})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint has an argument that {SCRIPT} cannot have: {error}") from None
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if plain is None else from_plain(plain, next(part for part in parts if part is not NoneType))
@@ -1257,7 +1265,8 @@ def capture(function, stream, generator=None, memory=None):
 def row_views(row, sizes, tensors):
     """Views of a row of Weights in the shapes of the tensors, and of its version, (1,) int32."""
     *parts, version = row.split(sizes)
-    views = [part.view(x.dtype).as_strided(x.shape, x.stride()) for part, x in zip(parts, tensors)]
+    views = [part.view(x.dtype).as_strided(x.shape, torch.empty_like(x).stride())  # dense, also of a slice
+             for part, x in zip(parts, tensors)]
     return views, version.view(torch.int32)[:1]
 
 
@@ -1269,7 +1278,7 @@ def reset_diverged(agent, state):
     bounds = getattr(agent, "state_bound", math.inf)
     bounds = bounds if isinstance(bounds, tuple) else [bounds] * len(state)
     diverged = [~(part.abs().reshape(len(part), -1).amax(1) < bound)  # (B,) each; nan is not less either
-                for part, bound in zip(state, bounds) if part.is_floating_point()]
+                for part, bound in zip(state, bounds) if part.is_floating_point() or part.is_complex()]
     diverged = torch.stack(diverged).any(0) if diverged else torch.zeros(0)
     for part in state:
         if len(diverged):
@@ -1288,6 +1297,9 @@ class Launch:
             if not value or name != "MASTER_ADDR" and not value.isdecimal():
                 raise ValueError(f"{name} is '{value}' in the environment, where torchrun sets it beside others: start "
                                  f"with torchrun, or with none of {', '.join(NUMBERS)}")
+        if not (RANK < NUM_PROCESSES and LOCAL_RANK < NUM_PROCESSES_HERE):
+            raise ValueError(f"RANK {RANK} must be less than WORLD_SIZE {NUM_PROCESSES}, and LOCAL_RANK {LOCAL_RANK} "
+                             f"less than LOCAL_WORLD_SIZE {NUM_PROCESSES_HERE}")
         if NUM_PROCESSES > 1 or of_torchrun:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = dist.TCPStore(address, port, is_master=RANK == 0 and not of_torchrun)

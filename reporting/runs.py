@@ -182,20 +182,23 @@ def resolve_history(script, checkpoint, args):
     began."""
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)
-    return [script.resolve_args(replace(script.from_plain(saved), **here))
+    read = getattr(script, "from_plain", None) or (lambda saved: script.saved_args(dict(args=saved)))  # of older copies
+    return [script.resolve_args(replace(read(saved), **here))
             for saved in (checkpoint["args"], *(parts[-1]["args"] for parts in checkpoint["before"]))]
 
 
 def flags_of(saved, script, defaults=None):
     """{name: flag as typed} of a run's saved arguments, those that differ from the defaults: the script's, or these."""
-    flags = {}
+    plain = script.to_plain(script.Args())
+    flags, defaults = {}, plain | (defaults or {})
     for argument in fields(script.Args):
-        default = argument.default if defaults is None else defaults.get(argument.name, argument.default)
-        value = saved.get(argument.name, argument.default)
+        default = defaults[argument.name]
+        value = saved.get(argument.name, default)
         if argument.name not in ("cuda", "resume") and value != default:
             flag = argument.name.replace("_", "-")
             switch = f"--{'no-' * (not value)}{flag}"
-            flags[argument.name] = switch if argument.type is bool else f"--{flag} {shlex.quote(str(value))}"
+            words = map(str, value if isinstance(value, list) else [value])
+            flags[argument.name] = switch if argument.type is bool else f"--{flag} {shlex.join(words)}"
     return flags
 
 

@@ -3,8 +3,8 @@
 import ast
 import functools
 import hashlib
-import inspect
 import math
+import types
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -15,30 +15,32 @@ LAYERS = [(3, 16), *[(16, 16)] * 4, (16, 32), *[(32, 32)] * 9]  # channels of ea
 SHAPES = [shape for inputs, outputs in LAYERS for shape in ((outputs, inputs, 3, 3), (outputs,))]
 FRAGMENTS = 2 * sum(9 * 32 * inputs * outputs // 256 if inputs > 3 else 96 for inputs, outputs in LAYERS)  # as pack() writes
 SECTIONS = [(32, 16), (16, 32), (8, 32)]  # width and channels of each section's output
-KNOWN_TEXT = "b415579f34483a3a5e14ef3424d6197121c8b83a3f1a08fc5c39a42422ee9cfd"  # of Encoder and Residual
+KNOWN_TEXT = "5f08b2b7b97bccef6202f5a5d47d48637cca39e42e7888e75a5de1edae96f719"  # of Encoder and Residual
 FRAME_PITCH, WARPS = (kernels.constant("impala_cnn.cu", name) for name in ("FRAME_PITCH", "WARPS"))
 GRADIENT_SIZE = 9 * 256 + 16  # as there: floats of a warp's gradients, at the end
 MANY = 512  # frames from which on blocks take several at a time, where images are small
 
 
-def is_impala_cnn(cnn, *classes):
-    """Whether the kernels compute what these classes, `Encoder` and `Residual` of the scripts, do with the module that they
-    made: only if their text is the known one, the parameters have its shapes, and no hook has to be called."""
-    return (is_known_text(*classes) and [tuple(parameter.shape) for parameter in cnn.parameters()] == SHAPES
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in cnn.modules()))
+def is_impala_cnn(cnn, source, *classes):
+    """Whether the kernels compute what these classes of a script, `Encoder` and `Residual`, do with the module that they made:
+    only if their text in its source is the known one, the parameters have its shapes, and no hook has to be called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (is_known_text(source, *classes) and [tuple(parameter.shape) for parameter in cnn.parameters()] == SHAPES
+            and not any(getattr(module, name) for module in cnn.modules() for name in hooks))
 
 
 @functools.cache
-def is_known_text(*classes):
-    """Whether the source of these classes, but for comments, layout and what they say of themselves, is the known one."""
-    try:
-        tree = ast.parse("\n".join(inspect.getsource(each) for each in classes))
-    except (OSError, TypeError):  # no source, as in an interactive session
-        return False
-    for node in ast.walk(tree):
+def is_known_text(source, *classes):
+    """Whether these classes have the known text, comments, layout and docstrings aside, and no methods from elsewhere."""
+    tree, names = ast.parse(source), [each.__name__ for each in classes]
+    texts = [node for name in names for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name]
+    for node in [node for text in texts for node in ast.walk(text)]:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             del node.body[0]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest() == KNOWN_TEXT
+    methods = [(f"{each.__name__}.{name}", x.__qualname__) for each in classes for name, x in vars(each).items()
+               if isinstance(x, types.FunctionType)]
+    text = ast.unparse(ast.Module(texts, []))
+    return hashlib.sha256(text.encode()).hexdigest() == KNOWN_TEXT and all(name == own for name, own in methods)
 
 
 @torch.compiler.assume_constant_result

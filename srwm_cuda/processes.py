@@ -66,7 +66,8 @@ def end(pids):
     for pid in pids:
         if not exit_status(pid):
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD, as its parent did, cannot wait
+                os.waitpid(pid, 0)
     pids.clear()
 
 

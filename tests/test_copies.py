@@ -40,6 +40,12 @@ CHANGED_CNNS = {
                              "self.encoder = Encoder(args)\n        self.encoder.cnn[0].stride = 2, 2"),
     "hook": ("self.encoder = Encoder(args)", "self.encoder = Encoder(args)\n"
              "        self.encoder.cnn[2].register_forward_hook(lambda module, inputs, output: 2 * output)"),
+    "another class of the same name": ("@dataclass\nclass ModelArgs:", "class Residual(Residual):\n    def forward(self, x):\n"
+                                       "        return x.tanh()\n\n\n@dataclass\nclass ModelArgs:"),
+    "method from elsewhere": ("@dataclass\nclass ModelArgs:", "Residual.forward = lambda self, x: x\n\n\n@dataclass\n"
+                              "class ModelArgs:"),
+    "hook of the gradient": ("self.encoder = Encoder(args)", "self.encoder = Encoder(args)\n"
+                             "        self.encoder.cnn[2].register_full_backward_hook(lambda *words: None)"),
     "wider": ("for out in (16, 32, 32)", "for out in (24, 32, 32)"),
 }
 
@@ -64,6 +70,14 @@ def test_the_kernels_compute_the_cnn_of_the_scripts(stem):
 def test_a_changed_cnn_does_not_run_in_the_kernels(change, own_copy):
     change = (INIT, change[1] + INIT, *change[2:]) if change[0] == "INIT" else change
     assert not kernels_would_run(own_copy(*change))
+
+
+def test_a_text_that_changed_after_the_start_is_as_it_was_then(own_copy, tmp_path):
+    script = own_copy(CONV, CONV.replace("255.0", "128.0"))
+    (tmp_path / "my_ablation.py").write_text(Path(impala_procgen_srwm.__file__).read_text())
+    assert not kernels_would_run(script)
+    (tmp_path / "my_ablation.py").write_text("class Encoder(")
+    assert not kernels_would_run(script)
 
 
 def test_a_comment_or_another_model_does_not_keep_the_kernels_from_the_cnn(own_copy):
@@ -105,12 +119,13 @@ MODES = {
     "buffer": 'self.register_buffer("core", torch.rand(args.hidden_size))',
     "BatchNorm": "self.core = nn.BatchNorm1d(args.hidden_size)",
     "dropout": "self.core = nn.Dropout(0.5)",
+    "slice": "self.core = nn.Parameter(torch.rand(args.hidden_size, 8)[:, :1])",
 }
 
 
 def copy_with(own_copy, kind):
-    use = INPUT + ("\n        h = h * self.core" if kind == "buffer" else
-                   "\n        h = self.core(h.flatten(0, 1)).unflatten(0, h.shape[:2])")
+    uses = {"buffer": "h * self.core", "slice": "h * self.core[:, 0]"}
+    use = f"{INPUT}\n        h = " + uses.get(kind, "self.core(h.flatten(0, 1)).unflatten(0, h.shape[:2])")
     layers = "        self.layers = nn.ModuleList(SRWM"
     return own_copy(layers, f"        {MODES[kind]}\n{layers}", INPUT, use)
 
@@ -196,6 +211,18 @@ def test_an_argument_of_a_copy_that_a_checkpoint_cannot_hold_is_refused(own_copy
     script = own_copy("@dataclass\nclass EnvironmentArgs:\n", unit + "    unit: Unit = field(default_factory=Unit)\n",
                       "from dataclasses import dataclass,", "from dataclasses import dataclass, field,")
     refused(lambda: command(script, "--no-cuda", "--total-steps", 1), "cannot hold an argument of type Unit")
+
+
+def test_a_difference_between_the_modes_that_starts_hidden_is_found(own_copy):
+    """Dropout before a head that starts at zero."""
+    head, end = "return self.policy(h), self", "    def initial_state(self, batch_size):  # zeros (B"
+    script = own_copy(head, "h = F.dropout(h, 0.5, self.training)\n        " + head,
+                      end, "    def zeroed(self):\n        nn.init.zeros_(self.policy.weight)\n        return self\n\n" + end)
+    args = script.Args(cuda=False, bf16=False, num_actors=1, num_envs=6, unroll_length=5, batch_size=1)
+    agent = script.Agent(args).zeroed()
+    before = [x.clone() for x in agent.parameters()]
+    assert script.Learner(agent, args).modes_differ
+    assert all(map(torch.equal, before, agent.parameters()))
 
 
 def test_averages_are_of_training_alone(own_copy):

@@ -332,6 +332,7 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
         with torch.no_grad():
             for x, old in zip(weights + averages, first):
                 x.copy_(old)
+        learner.weights.publish()
         learner.batch.state[1][2, 0, 0, 0] = float("inf")
         statistics, finite = learner.update(1e-3)
         assert not finite and not all(map(math.isfinite, statistics.values()))
