@@ -111,8 +111,8 @@ def name_models(records):
         scripts = short
     for record in records:
         others = [features(other) for other in records if other["script"] == record["script"]]
-        differs = [words for name, words in features(record).items()
-                   if any(other.get(name) != words for other in others)]
+        differs = [words for name, words in features(record).items()  # code of weights to begin with, if two had some
+                   if any(other.get(name, words if name == "init_from_code" else None) != words for other in others)]
         names.append(" ".join([scripts[record["script"]], *differs]))
     return names
 

@@ -441,7 +441,7 @@ def test_another_file_of_a_run_is_another_model_with_files_of_its_own(train, sco
     capsys.readouterr()
     score(run, run / "best.pt", "--num-levels", 1, "--format", "markdown", *FRUITBOT)
     out = capsys.readouterr().out
-    assert "| fruitbot | srwm | 1 |" in out and "| fruitbot | srwm best | 1 |" in out
+    assert "| fruitbot | srwm |" in out and "| fruitbot | srwm best validated on levels 500 to 508 |" in out
     assert out.count("chosen by validation on levels 500 to 508") == 1
     assert (run / "evaluation_best_fruitbot_easy_0_1.json").exists()
 
