@@ -434,7 +434,7 @@ class Learner:
         self.unroll, self.column, self.names = None, 0, ()  # in use, its first column not learned from; of statistics
         self.backward_graph = self.step_graph = None
         self.batch.obs.random_(0, 256)
-        torch._foreach_add_([x.data for x in self.parameters], 0.1)  # or what starts at zero would hide a difference
+        torch._foreach_add_([x.data for x in self.parameters], 1e-3)  # or what starts at zero would hide a difference
         begin = [x[:2] for x in self.batch.inputs] + [self.batch.state]  # 2: BatchNorm needs more than one row
         self.modes_differ = not torch.allclose(*(self.logits(mode, *begin) for mode in (False, True)), 1e-3, 1e-4)
         if args.cuda:

@@ -225,6 +225,14 @@ def test_a_difference_between_the_modes_that_starts_hidden_is_found(own_copy):
     assert all(map(torch.equal, before, agent.parameters()))
 
 
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_the_scripts_agents_compute_the_same_in_both_modes(stem):
+    """So that no update pays for a second pass."""
+    script = importlib.import_module(stem)
+    args = script.Args(cuda=False, bf16=False, num_actors=1, num_envs=6, unroll_length=2, batch_size=2)
+    assert not script.Learner(script.Agent(args), args).modes_differ
+
+
 def test_averages_are_of_training_alone(own_copy):
     """Neither a learner's start nor an update that is not finite changes them."""
     script = copy_with(own_copy, "BatchNorm")
