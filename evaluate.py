@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.append(str(Path(__file__).parent))  # where reporting and srwm_cuda are, also with PYTHONSAFEPATH
+sys.path.append(str(Path(__file__).parent))  # where these are, also with PYTHONSAFEPATH
 from reporting import playing, tables
 from reporting.runs import Choice, load_run, read_record
-from srwm_cuda import processes
+from housekeeping import processes
 
 SAME = ("weights", "player", "distribution_mode", "start_level", "num_levels", "greedy", "action_seed", "bf16")
 

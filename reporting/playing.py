@@ -1,6 +1,7 @@
 """Playing: an agent's episodes, each level once and always the same, whatever is played beside it."""
 
 import contextlib
+import math
 import shutil
 import sys
 import threading
@@ -11,6 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+
+import srwm_cuda
+from housekeeping.launch import num_cores
 
 SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
 VECTOR = {"cpu": 4, "cuda": 64}  # how many of them play the same game
@@ -42,12 +46,13 @@ class Policy:
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)
         self.step, self.generators = np.zeros(B, dtype=np.int64), [np.random.default_rng(0) for _ in range(B)]
         self.initial, self.state = agent.initial_state(B), agent.initial_state(B)
+        self.bound = getattr(agent, "state_bound", math.inf)
         self.stream = torch.cuda.Stream() if cuda and graph else None
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.forward()
-            self.forward = script.capture(self.forward, self.stream)
+            self.forward = srwm_cuda.capture(self.forward, self.stream)
 
     def begin_episode(self, slot, game, level):
         """What is random in an episode depends on its game and level alone."""
@@ -60,8 +65,8 @@ class Policy:
     def forward(self):
         frames, (reward, begin, unroll_begins, uniform) = self.inputs
         state = choose(begin if self.args.carry_state else unroll_begins, self.initial, self.state)
-        checked = [part.clone() for part in state]
-        self.script.reset_diverged(self.agent, checked)  # as actors do with each unroll
+        checked = tuple(part.clone() for part in state)
+        srwm_cuda.reset_diverged(checked, self.bound)  # as actors do with each unroll
         state = choose(unroll_begins, checked, state)
         logits, _, state = self.agent(frames[None], reward[None], begin[None].bool(), state)
         for old, new in zip(self.state, state):
@@ -83,7 +88,7 @@ class Policy:
             for on_device, on_host in zip(self.inputs, self.host):
                 on_device.copy_(on_host, non_blocking=True)
             self.forward()
-            return self.script.record_event()
+            return srwm_cuda.record_event()
 
     def act(self):
         """Actions (B,) for `frames` and `reward`, as a NumPy array."""
@@ -200,7 +205,7 @@ def play(script, agent, args, levels, greedy=True, seed=1, name="playing"):
     for index, (game, level) in enumerate(levels):
         todo[game].append((index, level))
     device = next(agent.parameters(), torch.zeros(())).device.type
-    cores = script.num_cores()
+    cores = num_cores()
     threads = cores if device == "cpu" else min(cores, 2)  # on a GPU, more would wait for Python's lock
     count = min(threads * TURNS[device], len(todo) + len(levels) // SLOTS[device])
     policies = [Policy(script, agent, args, greedy, seed) for _ in range(count)]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import srwm_cuda
+from housekeeping import arguments, checkpoints, engine
 from reporting import playing
 
 HOME = Path(__file__).parent.parent  # where the scripts are
@@ -107,7 +108,7 @@ def choose_splits(args, mode, games, script, history, is_best=False):
         if last is not None and first <= last:
             raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two")
         last = first + count - 1
-        script.check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
+        engine.check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
         column = "test"
         for seen, seen_games in history:
             begin, end = seen.start_level, seen.start_level + (seen.num_levels or 2**31)
@@ -128,7 +129,7 @@ def load_run(path, args):
     if not path.is_file():
         raise ValueError(f"runs must be folders with a checkpoint.pt, or checkpoint files; {path}: no such file")
     script = import_script(script_of(path))
-    checkpoint = with_history(script.load_checkpoint(path, None))
+    checkpoint = with_history(checkpoints.load_checkpoint(path, None))
     history = resolve_history(script, checkpoint, args)
     trained, trained_games = history[0]
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
@@ -137,10 +138,10 @@ def load_run(path, args):
     splits = choose_splits(args, mode, games, script, history, path.stem == "best")
     played = replace(trained, distribution_mode=mode)
     with ThreadPoolExecutor() as pool:
-        engine = pool.submit(script.make_envs, played, games, len(games), seed=0)  # loads its pictures meanwhile
+        envs = pool.submit(script.make_envs, played, games, len(games), seed=0)  # loads its pictures meanwhile
         agent = script.Agent(trained).to("cuda" if args.cuda else "cpu").requires_grad_(False)
-        script.load_weights(agent, checkpoint)
-        envs = engine.result()  # fails early if procgen cannot start
+        checkpoints.load_weights(agent, checkpoint)
+        envs = envs.result()  # fails early if procgen cannot start
     if ffi := getattr(envs, "_ffi", None):  # where gym3 opens the engine's library: once, not for each engine,
         ffi.dlopen = functools.cache(ffi.dlopen)  # which would take a quarter of the time to make one
     if args.cuda and not trained.bf16:
@@ -182,14 +183,13 @@ def resolve_history(script, checkpoint, args):
     began."""
     bf16 = False if args.cuda and args.bf16 is None else args.bf16  # a GPU is fast enough in float32
     here = dict(cuda=args.cuda, bf16=bf16, resume=None, num_actors=None, num_envs=None)
-    read = getattr(script, "from_plain", None) or (lambda saved: script.saved_args(dict(args=saved)))  # of older copies
-    return [script.resolve_args(replace(read(saved), **here))
+    return [script.resolve_args(replace(arguments.from_plain(saved, script.Args), **here))
             for saved in (checkpoint["args"], *(parts[-1]["args"] for parts in checkpoint["before"]))]
 
 
 def flags_of(saved, script, defaults=None):
     """{name: flag as typed} of a run's saved arguments, those that differ from the defaults: the script's, or these."""
-    plain = script.to_plain(script.Args())
+    plain = arguments.to_plain(script.Args())
     flags, defaults = {}, plain | (defaults or {})
     for argument in fields(script.Args):
         default = defaults[argument.name]
@@ -246,7 +246,7 @@ def describe(path, script, checkpoint, history):
 
 def player(script):
     """A hash of all that decides, besides weights and arguments, how an episode is played."""
-    texts = script.SOURCE, srwm_cuda.SHA256, Path(playing.__file__).read_text()
+    texts = script.SOURCE, srwm_cuda.SHA256, *(Path(module.__file__).read_text() for module in (playing, engine))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 

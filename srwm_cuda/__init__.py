@@ -18,12 +18,25 @@ import torch
 from . import cnn, delta_rule_op, kernels, reference, srwm_op
 from .cnn import is_impala_cnn
 from .flags import Flags, lock_pages
+from .graphs import capture, compile, record_event, synchronize
 from .kernels import KERNEL_HEAD_SIZES, MAX_COLUMNS
+from .weights import Weights, acting_logits, modes_differ, prepare_optimizer, reset_diverged
 
-__all__ = ["Flags", "delta_rule", "impala_cnn", "is_impala_cnn", "lock_pages", "reference", "srwm"]
+__all__ = ["Flags", "Weights", "acting_logits", "capture", "check_heads", "compile", "delta_rule", "impala_cnn",
+           "is_impala_cnn", "lock_pages", "modes_differ", "prepare_optimizer", "record_event", "reference",
+           "reset_diverged", "srwm", "synchronize"]
 
 _SOURCES = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu", ".cuh"))
 SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart
+
+
+def check_heads(hidden_size, num_head, cuda):
+    """Raises ValueError, in terms of a script's arguments, for heads whose size is no number, or one without kernels."""
+    if hidden_size % num_head:
+        raise ValueError(f"--num-head must divide --hidden-size {hidden_size}, got {num_head}")
+    if cuda and hidden_size // num_head not in KERNEL_HEAD_SIZES:
+        raise ValueError(f"--hidden-size / --num-head must be one of {KERNEL_HEAD_SIZES} on a GPU, "
+                         f"got {hidden_size} / {num_head}")
 
 
 def srwm(x, W, state, done, bptt_length=None):

@@ -28,14 +28,16 @@ class Flags:
     Args:
         memory: (n, 16) int32 on the CPU; the flags are its first column, so that each has a cache line of its own.
         device: of the stream that waits; on CUDA, memory is page-locked as long as this object lives.
+        beside: other tensors on the CPU, page-locked as well, so that the GPU reads and writes them by itself.
     """
 
-    def __init__(self, memory, device):
+    def __init__(self, memory, device, beside=()):
         if memory.dim() != 2 or memory.shape[1] != 16 or memory.dtype != torch.int32 or memory.is_cuda:
             raise ValueError(f"memory must be an int32 tensor of shape (n, 16) on the CPU, got {tuple(memory.shape)}")
         self.memory, self.device, self.values = memory, torch.device(device), memory.numpy()[:, 0]
         if self.device.type == "cuda":
-            lock_pages(self, memory)
+            for tensor in (memory, *beside):
+                lock_pages(self, tensor)
         self.on_stream = can_wait_on_stream(self.device)
         self.addresses = _device_addresses(memory) if self.on_stream else []
 

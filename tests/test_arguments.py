@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import impala_procgen_srwm as script
-from srwm_cuda import engine, processes
+from housekeeping import engine, processes
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,9 +12,10 @@ from test_training import parts, play
 
 import impala_procgen_srwm
 import srwm_cuda
+from housekeeping import checkpoints
 from reporting import playing
 
-INIT = "        self.cnn, self.fc = nn.Sequential(*layers)"
+INIT = "        self.cnn = nn.Sequential(*layers)"
 CONV = "return self.cnn(frames.permute(0, 3, 1, 2).to(self.dtype) / 255.0).flatten(1)"
 RESIDUAL = "return x + self.conv1(F.relu(self.conv0(F.relu(x))))"
 CHANGED_CNNS = {
@@ -81,7 +82,7 @@ def test_a_text_that_changed_after_the_start_is_as_it_was_then(own_copy, tmp_pat
 
 
 def test_a_comment_or_another_model_does_not_keep_the_kernels_from_the_cnn(own_copy):
-    assert kernels_would_run(own_copy(CONV, CONV + "  # 2048 of them", "hidden_size: int = 128", "hidden_size: int = 64"))
+    assert kernels_would_run(own_copy(CONV, CONV + "  # 2048 of them", "hidden_size: Positive = 128", "hidden_size: int = 64"))
 
 
 @pytest.mark.gpu
@@ -91,7 +92,7 @@ def test_a_changed_cnn_trains_on_the_gpu_compiled_and_all_of_it(own_copy, comman
     command(script, *words.split())
     assert "the CNN: PyTorch, since Encoder was changed" in capsys.readouterr().out
     (run,) = (tmp_path / "runs").iterdir()
-    gain = script.load_checkpoint(run / "checkpoint.pt", None)["model"]["encoder.gain"]
+    gain = checkpoints.load_checkpoint(run / "checkpoint.pt", None)["model"]["encoder.gain"]
     assert (gain != 1).float().mean() > 0.5
     agent = script.Agent(script.resolve_args(script.Args(cuda=True, bf16=True))[0]).cuda()
     frames = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8, device="cuda")
@@ -138,32 +139,33 @@ def test_the_policy_that_acts_is_the_one_that_v_trace_compares_with(kind, own_co
     actor, learner, unroll, _ = parts(args, script=script)
     for _ in range(3):
         play(actor, unroll)
-        torch._foreach_copy_(learner.batch.columns(0, 6), unroll.columns(0, 6))
+        learner.batch.copy(0, unroll, 0, 6)
         statistics, finite = learner.update(args.learning_rate)
         assert finite and statistics["policy_lag"] == 0
         assert statistics["vtrace/mean_rho"] == pytest.approx(1, abs=1e-4)
     for ours, theirs in zip(learner.agent.buffers(), actor.agent.buffers()):
-        actor.pool.weights.fetch(actor.agent)
+        actor.weights.fetch(actor.agent)
         assert torch.equal(ours, theirs)
 
 
 def test_a_state_may_have_parts_of_any_shape_and_type_each_with_its_own_bound():
-    agent = torch.nn.Identity()
-    agent.state_bound = 100.0, math.inf, math.inf
     state = (torch.tensor([[1.0], [200.0], [1.0]]), torch.tensor([500.0, 500.0, torch.nan]),
              torch.tensor([True, True, True]), torch.tensor([[7, 7]] * 3))
-    assert impala_procgen_srwm.reset_diverged(agent, state) == 2
+    assert srwm_cuda.reset_diverged(state, (100.0, math.inf, math.inf, math.inf)) == 2
     assert [part[0].max().item() for part in state] == [1, 500, True, 7]
     assert all((part[1:] == 0).all() for part in state)
+    assert srwm_cuda.reset_diverged((torch.zeros(3, 0),), 100.0) == 0
+    with pytest.raises(ValueError, match="state_bound must be a number, or one for each of 4 parts, got"):
+        srwm_cuda.reset_diverged(state, [100.0, 100.0])
 
 
 def test_an_optimizer_may_have_two_groups_of_parameters(own_copy, train, command):
-    script = own_copy("torch.optim.RMSprop(self.parameters, self.learning_rate",
-                      "torch.optim.RMSprop([dict(params=self.parameters[:9]), dict(params=self.parameters[9:], momentum=0.5)],"
-                      " self.learning_rate")
+    script = own_copy("self.parameters, self.learning_rate, args.alpha",
+                      "[dict(params=self.parameters[:9]), dict(params=self.parameters[9:], momentum=0.5)],"
+                      " self.learning_rate, args.alpha")
     run = train("--total-steps", 40, script=script)
     command(script, "--resume", run, "--total-steps", 60)
-    state = script.load_checkpoint(run / "checkpoint.pt", None)["optimizer"]
+    state = checkpoints.load_checkpoint(run / "checkpoint.pt", None)["optimizer"]
     assert len(state["param_groups"]) == 2 and {each["step"].item() for each in state["state"].values()} == {3}
 
 
@@ -196,14 +198,14 @@ def test_arguments_of_a_copy_of_any_type_come_back_from_a_checkpoint(own_copy, t
     words = "--data a/b --sizes 3 4 5 --pair c 2 --names d --colour BLUE --more.x 2 --more.files a b".split()
     words += ["--save-extra-checkpoint", "20"]
     run = train("--total-steps", 40, *words, script=script)
-    saved = script.load_checkpoint(run / "checkpoint.pt", None)["args"]
+    saved = checkpoints.load_checkpoint(run / "checkpoint.pt", None)["args"]
     args = script.from_plain(saved)
     assert (args.data, args.sizes, args.colour) == (Path("a/b"), (3, 4, 5), script.Colour.BLUE)
     assert (args.pair, args.names) == ((Path("c"), 2.0), [Path("d")])
     assert args.more == script.More(2.0, (Path("a"), Path("b")))
     shutil.copy(run / "checkpoint_20.pt", run / "checkpoint.pt")  # as of an unfinished run
     assert train("--total-steps", 40, *words, "--resume", "auto", script=script) is None  # no new one
-    assert script.load_checkpoint(run / "checkpoint.pt", None)["step"] == 40
+    assert checkpoints.load_checkpoint(run / "checkpoint.pt", None)["step"] == 40
 
 
 def test_an_argument_of_a_copy_that_a_checkpoint_cannot_hold_is_refused(own_copy, command, refused):
@@ -241,7 +243,7 @@ def test_averages_are_of_training_alone(own_copy):
     mean = learner.agent.core.running_mean
     assert (mean == 0).all() and learner.agent.training and not actor.agent.training
     play(actor, unroll)
-    torch._foreach_copy_(learner.batch.columns(0, 6), unroll.columns(0, 6))
+    learner.batch.copy(0, unroll, 0, 6)
     learner.batch.reward.fill_(torch.nan)
     assert not learner.update(args.learning_rate)[1] and (mean == 0).all()
     learner.batch.reward.zero_()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import impala_procgen_srwm as script
+from housekeeping import checkpoints
 
 ROOT = Path(__file__).parent.parent
 WORDS = "--no-cuda --multi-env 2 --num-actors 1 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
@@ -27,7 +28,7 @@ def torchrun(folder, script, *words, machine=("--standalone", "--nproc-per-node"
 
 def checkpoint(folder):
     (run,) = (folder / "runs").iterdir()
-    return script.load_checkpoint(run / "checkpoint.pt", None)
+    return checkpoints.load_checkpoint(run / "checkpoint.pt", None)
 
 
 @pytest.mark.slow
@@ -157,7 +158,7 @@ def test_two_machines_recover_from_the_death_of_a_worker(command, tmp_path):
         assert agent.returncode == 0, out
     assert older.read_bytes() == before and len(list(tmp_path.glob("runs/*"))) == 3  # the second had no checkpoint
     (new,) = set(tmp_path.glob("runs/*/checkpoint.pt")) - {older}
-    state = script.load_checkpoint(new, None)
+    state = checkpoints.load_checkpoint(new, None)
     assert state["step"] == 50 * STEPS and state["optimizer"]["state"][0]["step"] == 50
 
 
@@ -166,7 +167,7 @@ def test_processes_that_go_on_from_different_checkpoints_end(tmp_path):
 import sys, impala_procgen_srwm as script
 launch = script.Launch()
 launch.agree(lambda: None)
-launch.join(script.Args(cuda=False), step=int(sys.argv[1]))
+launch.join("gloo", step=int(sys.argv[1]))
 """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -21,8 +21,8 @@ from conftest import FRUITBOT
 import evaluate
 import impala_procgen_lstm
 import impala_procgen_srwm as script
+from housekeeping import engine
 from reporting import playing, runs, tables
-from srwm_cuda import engine
 
 
 def results(run, name):

@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import impala_procgen_srwm as script
+from housekeeping import checkpoints, processes
 
 SCRIPT = Path(__file__).parent.parent / "impala_procgen_srwm.py"
 TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
@@ -38,7 +39,7 @@ def wait_for(process, beginning):
 
 
 def read(path):
-    return script.load_checkpoint(path, SCRIPT.name)
+    return checkpoints.load_checkpoint(path, SCRIPT.name)
 
 
 def log(run):
@@ -160,7 +161,7 @@ def test_the_last_checkpoint_is_written_before_anything_that_may_take_long_or_fa
     def fail(logger):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(script.Logger, "close", fail)
+    monkeypatch.setattr(script.Log, "close", fail)
     with pytest.raises(RuntimeError, match="no network"):
         train("--total-steps", 100)
     (run,) = tmp_path.glob("runs/*")
@@ -230,7 +231,7 @@ def test_stuck_environments_end_the_run(start_level, method, deterministic, trai
         return envs
 
     monkeypatch.setattr(script, "make_envs", make_stuck_envs)
-    monkeypatch.setattr(script, "STUCK_AFTER", 1)
+    monkeypatch.setattr(processes, "STUCK_AFTER", 1)
     begin = time.time()
     with pytest.raises(SystemExit, match=r"checkpoint is kept: process \d of the engine has not answered for 1 seconds"):
         train("--total-steps", 20_000, "--valid-num-levels", 5, *["--deterministic"] * deterministic)
@@ -279,11 +280,11 @@ def test_a_process_of_the_engine_that_is_stopped_ends_the_run_in_one_line(train,
 
     def begin_and_stop_later(pool):
         begin(pool)
-        stopped.extend(pool.engine.processes)
+        stopped.extend(pool.engine.workers.pids)
         threading.Timer(0.5, os.kill, [stopped[1], signal.SIGSTOP]).start()
 
     monkeypatch.setattr(script.ActorPool, "start", begin_and_stop_later)
-    monkeypatch.setattr(script, "STUCK_AFTER", 1)
+    monkeypatch.setattr(processes, "STUCK_AFTER", 1)
     with pytest.raises(SystemExit, match="checkpoint is kept: process 1 of the engine has not answered for 1 seconds"):
         train("--total-steps", 10_000_000, "--num-servers", 2)
     assert capfd.readouterr().err == ""  # the line itself is Python's, as it exits
@@ -296,7 +297,7 @@ def test_a_process_of_the_engine_that_is_stopped_ends_the_run_in_one_line(train,
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_stream_that_waits_for_an_engine_that_died_or_hangs_does_not_keep_the_run(number, tmp_path):
     words = "--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --num-servers 2 --log-interval 0".split()
-    program = "import impala_procgen_srwm as s; s.STUCK_AFTER = 3; s.main()"
+    program = "import impala_procgen_srwm as s; s.processes.STUCK_AFTER = 3; s.main()"
     environment = os.environ | dict(PYTHONPATH=f"{SCRIPT.parent}:{':'.join(sys.path)}")
     process = subprocess.Popen([sys.executable, "-c", program, *words], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=environment)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("reporting", "srwm_cuda", "benchmarks", "tests")
+FOLDERS = ("housekeeping", "reporting", "srwm_cuda", "benchmarks", "tests")
 FILES = [path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")]
 OWN = {path.stem for path in FILES} | set(FOLDERS)
 
@@ -24,8 +24,14 @@ def imported(path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("impala_procgen_*.py")), ids=lambda path: path.stem)
-def test_of_the_project_a_script_imports_srwm_cuda_alone(path):
-    assert set(imported(path)) & OWN == {"srwm_cuda"}
+def test_of_the_project_a_script_imports_srwm_cuda_and_housekeeping(path):
+    assert set(imported(path)) & OWN == {"srwm_cuda", "housekeeping"}
+
+
+@pytest.mark.parametrize("folder, below", [("srwm_cuda", set()), ("housekeeping", {"srwm_cuda"})])
+def test_what_scripts_share_imports_nothing_that_is_above_it(folder, below):
+    for path in (ROOT / folder).glob("*.py"):
+        assert set(imported(path)) & OWN <= below | {path.stem}, path  # a standard module may have the name of one of ours
 
 
 def test_only_evaluate_py_imports_reporting():

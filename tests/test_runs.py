@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import math
 import os
 import signal
 import subprocess
@@ -20,13 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import impala_procgen_ff
 import impala_procgen_srwm as script
 import srwm_cuda
+from housekeeping import checkpoints
 
 SCRIPT = Path(script.__file__)
 TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
 
 
 def read(path):
-    return script.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, None)
+    return checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, None)
 
 
 def contents(folder):
@@ -213,13 +213,14 @@ def test_weights_that_do_not_fit_are_refused(words, expected, trained, command, 
 @pytest.fixture
 def validation(monkeypatch):
     """Lets every log entry have the next of the given validation returns."""
-    values, write = [], script.Logger.write
+    values, begin = [], script.Run.open
 
-    def planted(*arguments):
-        write(*arguments)
-        return values.pop(0) if values else -math.inf
+    def open_and_plant(run, stop):
+        begin(run, stop)
+        run.valid_episodes.full = lambda: True
+        run.valid_episodes.scalars = lambda *_: {"normalized_return/mean": values.pop(0)} if values else {}
 
-    monkeypatch.setattr(script.Logger, "write", planted)
+    monkeypatch.setattr(script.Run, "open", open_and_plant)
     return values
 
 
@@ -238,9 +239,9 @@ class FullDisk:
     """A file that is a link to /dev/full, to which nothing can be written, until so many failures were told."""
 
     def __init__(self, path, failures, monkeypatch):
-        self.path, self.failures, self.say = path.with_suffix(".tmp"), failures, script.say
+        self.path, self.failures, self.say = path.with_suffix(".tmp"), failures, checkpoints.say
         self.path.symlink_to("/dev/full")
-        monkeypatch.setattr(script, "say", self.hear)
+        monkeypatch.setattr(checkpoints, "say", self.hear)
 
     def hear(self, text, *rest, **options):
         self.say(text, *rest, **options)

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from torch.utils.tensorboard import SummaryWriter
 
 import impala_procgen_srwm as script
+from housekeeping.log import cut_log
 
 SCRIPT = Path(__file__).parent.parent / "impala_procgen_srwm.py"
 TINY = "--no-cuda --env leaper --num-actors 1 --num-envs 2 --unroll-length 5 --batch-size 2 --log-interval 0".split()
@@ -96,14 +97,14 @@ def write(folder, steps):
 def test_what_a_checkpoint_does_not_know_is_cut_off_and_the_last_entry_found(tmp_path):
     write(tmp_path, [10, 20, 30, 40])
     write(tmp_path, [50, 60])
-    step, entry = script.cut_log(tmp_path, 35)
+    step, entry = cut_log(tmp_path, 35)
     assert list(events(tmp_path)) == [(10, "SPS"), (20, "SPS"), (20, "loss"), (30, "SPS"), (30, "loss")]
     assert step == 30 and [(event.step, event.summary.value[0].tag) for event in entry] == [(30, "SPS"), (30, "loss")]
 
 
 def test_an_entry_at_the_checkpoint_s_step_is_kept(tmp_path):
     write(tmp_path, [10, 20, 30])
-    assert script.cut_log(tmp_path, 30)[0] == 30
+    assert cut_log(tmp_path, 30)[0] == 30
     assert log(tmp_path)["SPS"] == [(10, 10), (20, 20), (30, 30)]
 
 
@@ -112,14 +113,14 @@ def test_a_record_that_a_kill_cut_in_half_hides_none_before_or_after_it(cut, tmp
     path = write(tmp_path, [10, 20])
     os.truncate(path, path.stat().st_size - cut)
     write(tmp_path, [30, 40])
-    step, entry = script.cut_log(tmp_path, 30)
+    step, entry = cut_log(tmp_path, 30)
     assert step == 30 and len(entry) == 1
     assert list(events(tmp_path)) == [(10, "SPS"), (20, "SPS"), (30, "SPS")]
 
 
 def test_a_folder_without_events_has_nothing_to_cut_off(tmp_path):
     (tmp_path / "events.out.tfevents.1").touch()  # as a full disk leaves it
-    assert script.cut_log(tmp_path, 30) == (31, [])
+    assert cut_log(tmp_path, 30) == (31, [])
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_logs_on_from_there(train, command):

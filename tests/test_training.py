@@ -20,12 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import impala_procgen_srwm as script
 import srwm_cuda
+from housekeeping import checkpoints
 
 ROOT = Path(__file__).parent.parent
 
 
 def read(run):
-    return script.load_checkpoint(run / "checkpoint.pt", "impala_procgen_srwm.py")
+    return checkpoints.load_checkpoint(run / "checkpoint.pt", "impala_procgen_srwm.py")
 
 
 def log(run):
@@ -45,7 +46,7 @@ def parts(args, games=("maze", "leaper"), script=script):
 
 
 def pool_of(learner, args, episodes, script=script):
-    engine = script.Engine(args, list(episodes.recent), seed=1)
+    engine = script.Engine(script.make_envs, args, list(episodes.recent), seed=1)
     return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
 
@@ -130,7 +131,7 @@ def test_environments_play_the_game_of_their_number_and_move_by_their_own_action
     args, begin = script.Args(**ARGS | dict(num_servers=num_servers)), 0
     actor, _, unroll, _ = parts(args)
     play(actor, unroll)
-    assert len(actor.pool.engine.processes) == len(ends)
+    assert len(actor.block.flags) == len(ends)
     for number, end in enumerate(ends):
         games = [("maze", "leaper")[n % 2] for n in range(begin, end)]
         envs = script.make_envs(args, games, end - begin, seed=1 + number)
@@ -145,11 +146,12 @@ def test_environments_play_the_game_of_their_number_and_move_by_their_own_action
 
 def test_a_process_plays_for_several_actors():
     args = script.Args(**ARGS | dict(num_actors=4, num_servers=2))
-    engine = script.Engine(args, ["maze", "leaper"], seed=1)
-    assert [block.flags[:, 2].tolist() for block in engine.blocks] == [[0], [1], [0], [1]] and len(engine.processes) == 2
+    engine = script.Engine(script.make_envs, args, ["maze", "leaper"], seed=1)
+    assert [block.flags[:, 2].tolist() for block in engine.blocks] == [[0], [1], [0], [1]] and len(engine.workers.pids) == 2
     assert [len(block.flags) for block in engine.blocks] == [1, 1, 1, 1] and engine.next_seed == 5
-    one_actor = script.Engine(script.Args(**ARGS | dict(num_envs=2, num_servers=5)), ["maze", "leaper"], seed=1)
-    assert len(one_actor.processes) == 2  # no process without an environment
+    small = script.Args(**ARGS | dict(num_envs=2, num_servers=5))
+    one_actor = script.Engine(script.make_envs, small, ["maze", "leaper"], seed=1)
+    assert len(one_actor.workers.pids) == 2  # no process without an environment
 
 
 def test_no_two_vectors_play_the_same_nor_does_a_resumed_run_play_again(train, command, monkeypatch, tmp_path):
@@ -179,7 +181,7 @@ def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes
     words = "--deterministic --multi-env None --env leaper --valid-num-levels 5 --unroll-length 2 --log-interval 60"
     run = train("--total-steps", 544, "--save-extra-checkpoint", 536, *words.split())
     validation, pool = seen
-    saved = script.load_checkpoint(run / "checkpoint_536.pt", None)["model"]
+    saved = checkpoints.load_checkpoint(run / "checkpoint_536.pt", None)["model"]
     assert all(torch.equal(weight, saved[name]) for name, weight in validation.actors[0].agent.state_dict().items())
     assert not all(torch.equal(weight, saved[name]) for name, weight in pool.actors[0].agent.state_dict().items())
     assert validation.episodes is not pool.episodes
@@ -219,7 +221,7 @@ def test_parameters_and_buffers_of_every_type_travel_with_the_weights_and_keep_t
         return model.to(memory_format=torch.channels_last)
 
     source, target = network(), network()
-    weights = script.Weights(source)
+    weights = srwm_cuda.Weights(source)
     weights.attach(target)
     for number in range(1, 20):  # more than the ring has rows
         for x in source.state_dict().values():
@@ -277,8 +279,7 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
         unroll.reward_scale.copy_(torch.tensor([[0.5, 2.0, 0.1, 1.0]]))
     unroll.version.copy_(torch.randint(40, (20, 4)))
     learner.weights.newest.fill_(50)
-    for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
-        mine.copy_(theirs)
+    learner.batch.copy(0, unroll, 0, 4)
     learner.batch.logits += torch.randn(20, 4, 15)
     loss, statistics = learner.loss()
 
@@ -306,7 +307,7 @@ def test_states_that_are_not_finite_or_beyond_the_bound_begin_anew_and_no_others
     for part in state[-1:]:
         part[0].view(-1)[-1], part[1].view(-1)[-1], part[2].view(-1)[-1] = -100.0, 99.9, float("nan")
     before = [part.clone() for part in state]
-    assert module.reset_diverged(agent, state) == len(expected)
+    assert srwm_cuda.reset_diverged(state, getattr(agent, "state_bound", math.inf)) == len(expected)
     for part, old in zip(state, before):
         assert all(not part[n].any() if n in expected else torch.equal(part[n], old[n]) for n in range(4))
 
@@ -318,8 +319,7 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
     with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
         actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda, bf16=cuda)))
         play(actor, unroll, unrolls=2)
-        for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
-            mine.copy_(theirs)
+        learner.batch.copy(0, unroll, 0, 4)
         weights = list(learner.agent.parameters())
         averages = [x for state in learner.optimizer.state.values() for name, x in state.items() if name != "step"]
         assert len(averages) == len(weights) * (2 if momentum else 1)
@@ -369,8 +369,7 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
     args = script.Args(**ARGS | dict(num_envs=4, grad_norm_clipping=1e-3))
     actor, learner, unroll, _ = parts(args)
     play(actor, unroll)
-    for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
-        mine.copy_(theirs)
+    learner.batch.copy(0, unroll, 0, 4)
     learner.loss()[0].backward()
     gradients = [parameter.grad.clone() for parameter in learner.agent.parameters()]
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
@@ -393,7 +392,7 @@ def test_an_optimizer_whose_averages_were_made_beforehand_steps_like_a_new_one(k
         parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 5))]
         optimizer = kind(parameters, 0.1, **options)
         if beforehand:
-            script.prepare_optimizer(optimizer, None)
+            srwm_cuda.prepare_optimizer(optimizer, None)
             assert torch.equal(parameters[0], torch.linspace(-1, 1, 5)) and optimizer.state
         for _ in range(3):
             parameters[0].grad = parameters[0].detach().cos()
@@ -415,6 +414,29 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     rates = [rate for _, rate in scalars["learning_rate"]]
     np.testing.assert_allclose(rates, 6e-4 * (1 - np.arange(0, 400, 20) / 400), rtol=1e-5)
     assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
+
+
+@pytest.mark.parametrize("slow", ["engine", "learner"])
+def test_the_log_says_who_waits_for_whom(slow, train, monkeypatch):
+    """As shares of the time: the learner for unrolls, actors for the learner, the engine's processes for actions."""
+    make_envs, fill = script.make_envs, script.Learner.fill
+
+    def make_slow_envs(*words, **options):
+        envs = make_envs(*words, **options)
+        act = envs.act
+        envs.act = lambda action: (time.sleep(0.1), act(action))
+        return envs
+
+    monkeypatch.setattr(script, "make_envs", make_slow_envs if slow == "engine" else make_envs)
+    monkeypatch.setattr(script.Learner, "fill", lambda learner, pool: fill(learner, pool) and not time.sleep(
+        0.0 if slow == "engine" else 0.5))
+    scalars = log(train("--total-steps", 160, "--num-actors", 1, "--num-servers", 1))
+    learner, actors, engine = (np.mean([share for _, share in scalars[f"wait/{name}"][3:]])
+                               for name in ("learner", "actors", "engine"))
+    if slow == "engine":
+        assert 2 * actors < learner <= 1 and engine < 0.5
+    else:
+        assert 2 * learner < actors <= 1 and 0.5 < engine <= 1
 
 
 def test_returns_and_lengths_of_each_game_are_logged(trained, command):
@@ -447,10 +469,10 @@ def test_validation_is_logged_and_the_best_checkpoint_kept_and_an_extra_one(trai
     assert {"valid_return/fruitbot", "valid_length/fruitbot"} <= set(scalars)
     for step, gap in scalars["generalization_gap"]:
         assert gap == pytest.approx(dict(scalars["normalized_return/mean"])[step] - valid[step], abs=1e-5)
-    best = script.load_checkpoint(run / "best.pt", None)
+    best = checkpoints.load_checkpoint(run / "best.pt", None)
     assert best["best"] == pytest.approx(max(valid.values()), abs=1e-5)
     assert best["best"] == pytest.approx(valid[best["step"]], abs=1e-5)
-    assert script.load_checkpoint(run / "checkpoint_800.pt", None)["step"] == 800  # the first update to reach 500
+    assert checkpoints.load_checkpoint(run / "checkpoint_800.pt", None)["step"] == 800  # the first update to reach 500
     assert len(read(run)["valid_episodes"]["fruitbot"]) > 0
 
 
@@ -488,7 +510,7 @@ def test_a_checkpoint_of_a_time_when_validation_s_episodes_were_not_kept_is_resu
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor() as pool:
-        assert len(set(pool.map(script.make_folder, [script.Args()] * 3))) == 3 == len(list(tmp_path.glob("runs/*")))
+        assert len(set(pool.map(checkpoints.make_folder, ["name"] * 3))) == 3 == len(list(tmp_path.glob("runs/*")))
 
 
 def test_the_best_checkpoint_is_chosen_by_a_hundred_episodes_of_each_game():
@@ -507,7 +529,7 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert (valid_args.num_levels, valid_args.start_level, valid_args.num_actors, valid_args.num_envs) == (5, 700, 1, 16)
     learner = script.Learner(script.Agent(args), args)
     before = [parameter.clone() for parameter in learner.agent.parameters()]
-    engine = script.Engine(valid_args, games, seed=1)
+    engine = script.Engine(script.make_envs, valid_args, games, seed=1)
     validation = script.Validation(args, script.Episodes(games), learner.weights, engine, 1, script.Stop())
     validation.start()
     unroll = validation.get()
@@ -606,7 +628,7 @@ def test_an_exception_in_an_actor_ends_the_run_with_it(train, monkeypatch):
     infer = script.Actor.infer
 
     def break_later(actor, t, state):
-        if actor is actor.pool.actors[1] and actor.totals[1].any():  # in its second unroll
+        if actor.totals[1].any():  # in its second unroll
             raise ValueError("the policy is on fire")  # which is not taken for an argument's
         return infer(actor, t, state)
 
@@ -734,8 +756,7 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
     with torch.cuda.stream(torch.cuda.Stream()):
         actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True)))
         play(actor, unroll, unrolls=3)
-        for mine, theirs in zip(learner.batch.columns(0, 4), unroll.columns(0, 4)):
-            mine.copy_(theirs)
+        learner.batch.copy(0, unroll, 0, 4)
         exact = [parameter.detach().clone() for parameter in learner.agent.parameters()]
         statistics, finite = learner.update(6e-4)
     assert all((part.abs().max() > 0) == carry_state for part in unroll.state)

@@ -8,10 +8,15 @@ import mmap
 import os
 import signal
 import sys
+import time
 import warnings
+import weakref
 from pathlib import Path
 
+import numpy as np
 import torch
+
+STUCK_AFTER = 20  # seconds without an answer
 
 
 def shared_zeros(dtype, *shape):
@@ -69,6 +74,47 @@ def end(pids):
             with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD, as its parent did, cannot wait
                 os.waitpid(pid, 0)
     pids.clear()
+
+
+class Workers:
+    """Processes that answer to flags in shared memory, until they are closed or their owner is collected.
+
+    Args:
+        function: what each calls with its own part of `work`.
+        flags: tensors (n, 16) int32 in shared memory, a row for what one worker does: a flag, which it sets to 0 when it
+            has done it, how often it has, and its number.
+    """
+
+    def __init__(self, function, work, flags):
+        self.pids, self.flags, self.time = [], flags, time.monotonic()
+        self.done = self.waited = 0  # of each row, when `check` looked last
+        self.close = weakref.finalize(self, end, self.pids)
+        self.pids.extend(fork(function, each) for each in work)
+
+    def check(self):
+        """Raises ChildProcessError if a process has ended, TimeoutError if one does not answer."""
+        for number, pid in enumerate(self.pids):
+            if status := exit_status(pid):
+                raise ChildProcessError(f"process {number} of the engine ended {status}")
+        now, flags = time.monotonic(), np.concatenate([each.numpy() for each in self.flags])
+        waits, passed = (flags[:, 0] == 1) & (flags[:, 1] == self.done), min(1, now - self.time)  # 1: after Ctrl-Z
+        self.done, self.waited, self.time = flags[:, 1], np.where(waits, self.waited + passed, 0), now
+        if self.waited.max() > STUCK_AFTER:
+            owner = flags[self.waited.argmax(), 2]
+            raise TimeoutError(f"process {owner} of the engine has not answered for {STUCK_AFTER} seconds")
+
+    def release(self, threads):
+        """Waits for threads that wait for flags of closed workers, which nobody sets any more."""
+        begin = time.monotonic()
+        while any(thread.is_alive() for thread in threads) and time.monotonic() - begin < STUCK_AFTER:
+            for each in self.flags:
+                each.zero_()
+            time.sleep(0.01)
+
+
+def rest(idle):
+    """Lets others run, after so many seconds without work: the longer it is, the later work is noticed."""
+    os.sched_yield() if idle < 2e-4 else time.sleep(min(2e-3, idle / 10))
 
 
 def num_cores(root="/"):

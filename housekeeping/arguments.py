@@ -1,0 +1,92 @@
+"""Arguments in a dataclass: types that know their range, the command line, and what a checkpoint holds of them."""
+
+import re
+import sys
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Range:
+    """From `least`, or above it if it is not `included`, to `most`."""
+
+    least: float
+    most: float = 2**31 - 1  # what procgen's engine takes
+    included: bool = True
+
+    def __contains__(self, value):
+        return (self.least <= value if self.included else self.least < value) and value <= self.most
+
+    def __str__(self):
+        positive = self.least == (1 if self.included else 0)
+        return f"{'positive' if positive else f'at least {self.least}'} and at most {self.most}"
+
+
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Amount = Annotated[float, Range(0)]
+PositiveAmount = Annotated[float, Range(0, included=False)]
+Fraction = Annotated[float, Range(0, 1)]
+Steps = Annotated[int, Range(1, 10**15), tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", lambda words: int(min(float(words[0]), 1e16)), lambda value: isinstance(value, int),
+    lambda value: [str(value)])]  # may be written as 1e6
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def check_values(args):
+    """Raises ValueError for a number out of its type's range or a choice that is not allowed, wherever it comes from."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]:
+            if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
+                raise ValueError(f"{flag(name)} must be one of {', '.join(get_args(kind))}, got {value}")
+            for part in getattr(kind, "__metadata__", ()):
+                if isinstance(part, Range) and value is not None and value not in part:
+                    raise ValueError(f"{flag(name)} must be {part}, got {value}")
+
+
+def command_line(kind, default, description):
+    """Arguments of that dataclass from the command line, those that it does not name from `default`."""
+    switches = "|".join(field.name.replace("_", "[-_]") for field in fields(kind) if field.type is bool)
+    text = "\0".join(sys.argv[1:])  # --cuda False and --cuda=False, as sweeps write them, are --no-cuda
+    for value, prefix in (("true", ""), ("false", "no-")):
+        text = re.sub(rf"(?<![^\0])--({switches})[=\0]{value}(?![^\0])", rf"--{prefix}\1", text, flags=re.I)
+    return tyro.cli(kind, default=default, args=text.split("\0") if text else [], description=description)
+
+
+def to_plain(value):
+    """Arguments, or the value of one, as what a checkpoint may hold. Raises ValueError for a type of no such form."""
+    if is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(each) for each in value]
+    if not isinstance(value, (bool, int, float, str, Path, Enum, NoneType)):
+        raise ValueError(f"a checkpoint cannot hold an argument of type {type(value).__name__}")
+    return value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+
+
+def from_plain(plain, kind):
+    """What `to_plain` made plain, again of its type. What is no argument any more is left out."""
+    if is_dataclass(kind):
+        kinds = {field.name: get_type_hints(kind)[field.name] for field in fields(kind) if field.init}
+        try:
+            return kind(**{name: from_plain(plain[name], kinds[name]) for name in plain.keys() & kinds.keys()})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint has an argument that its script cannot have: {error}") from None
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if plain is None else from_plain(plain, next(part for part in parts if part is not NoneType))
+    if origin in (tuple, list):
+        one_kind = origin is list or ... in parts
+        return origin(map(from_plain, plain, parts[:1] * len(plain) if one_kind else parts))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[plain]
+    return Path(plain) if kind is Path else plain

@@ -1,0 +1,186 @@
+"""ProcGen's engine and its games, and the processes that play it for the actors of a script."""
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from . import processes
+
+if sys.version_info < (3, 13):
+    import gym_notices.notices
+
+    gym_notices.notices.notices.clear()  # or gym, which procgen imports, announces its retirement at every start
+    from procgen import ProcgenGym3Env as _Engine
+else:  # for which there is no procgen, but its engine, unchanged, in another package
+    import procgen_gym
+
+    class _Engine(procgen_gym.libenv.CLibenv):  # what is needed here of procgen's class
+        def __init__(self, num, env_name, distribution_mode, render_mode=None, **options):
+            data = Path(procgen_gym.__file__).parent / "data"
+            options = dict(center_agent=True, use_backgrounds=True) | options | dict(
+                env_name=env_name, distribution_mode=procgen_gym.env.DISTRIBUTION_MODE_DICT[distribution_mode],
+                render_human=render_mode is not None, num_actions=15, resource_root=f"{data / 'assets'}/")
+            super().__init__(str(data / "prebuilt"), num, options)
+
+        def observe(self):
+            self.call_c_func("libenv_observe")
+            return self.get_reward_buf(), self.get_ob_bufs(), self.get_first_buf().view(bool)
+
+        def get_info(self):
+            self.observe()
+            return [{name: values[n] for name, values in self.get_info_bufs().items()} for n in range(self.num)]
+
+        def get_state(self):
+            state = ctypes.create_string_buffer(2**20)
+            return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
+
+Mode = Literal["easy", "hard", "extreme", "memory"]
+FRAME_SHAPE, NUM_ACTIONS = (64, 64, 3), 15
+# The games in the order of --multi-env, and the ranges that normalize their returns (Cobbe et al. 2020, appendix C).
+RETURN_RANGE = {
+    "bigfish": {"easy": (1, 40), "hard": (0, 40)}, "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
+    "maze": {"easy": (5, 10), "hard": (4, 10)}, "leaper": {"easy": (3, 10), "hard": (1.5, 10)},
+    "plunder": {"easy": (4.5, 30), "hard": (3, 30)}, "starpilot": {"easy": (2.5, 64), "hard": (1.5, 35)},
+    "miner": {"easy": (1.5, 13), "hard": (1.5, 20)}, "bossfight": {"easy": (0.5, 13), "hard": (0.5, 13)},
+    "caveflyer": {"easy": (3.5, 12), "hard": (2, 13.4)}, "chaser": {"easy": (0.5, 13), "hard": (0.5, 14.2)},
+    "climber": {"easy": (2, 12.6), "hard": (1, 12.6)}, "coinrun": {"easy": (5, 10), "hard": (5, 10)},
+    "dodgeball": {"easy": (1.5, 19), "hard": (1.5, 19)}, "heist": {"easy": (3.5, 10), "hard": (2, 10)},
+    "jumper": {"easy": (3, 10), "hard": (1, 10)}, "ninja": {"easy": (3.5, 10), "hard": (2, 10)},
+}
+GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
+         "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
+         "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
+
+
+def check_games(games, args, valid=""):
+    """Raises ValueError unless the engine, which would abort the process, can play these levels of these games.
+
+    Args:
+        games: a list of names.
+        args: with distribution_mode, num_levels and start_level.
+        valid: begins the names of these arguments in messages: "valid-" for those of the validation.
+    """
+    mode = args.distribution_mode
+    if mode not in GAMES:
+        raise ValueError(f"--{valid}distribution-mode must be one of {', '.join(GAMES)}, got {mode}")
+    if unknown := [game for game in games if game not in GAMES[mode]]:
+        allowed = ", ".join(GAMES[mode])
+        raise ValueError(f"--env must be one of {allowed} in {valid}distribution mode {mode}, got {unknown[0]}")
+    if args.start_level > 0 and args.num_levels == 0:
+        raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
+    if args.start_level + args.num_levels >= 2**31:
+        raise ValueError(f"--{valid}start-level plus --{valid}num-levels must be less than {2**31}")
+
+
+class ProcgenGym3Env(_Engine):
+    """Environments in one vector, as procgen's class of this name makes them. `observe` returns the engine's own arrays.
+
+    Args:
+        num, env_name, options: as procgen takes them.
+        frames: (num, 64, 64, 3) uint8, memory for the engine to draw into; it does so with gym3, the base of procgen.
+
+    Raises:
+        ValueError: the engine does not load.
+    """
+
+    def __init__(self, num, env_name, frames=None, **options):
+        self._frames = frames
+        try:
+            super().__init__(num, env_name, **options)
+        except OSError as error:  # the dynamic linker's
+            raise ValueError(f"procgen does not load ({error}); on Debian: apt install libgl1 libglib2.0-0") from None
+        self._reuse_arrays = True  # observe() returns the engine's own arrays: an option of gym3 that procgen hides
+
+    def _numpy_aligned(self, shape, dtype, *rest):  # with which gym3 makes each array that the engine writes to
+        if self._frames is not None and tuple(shape) == self._frames.shape:
+            return self._frames
+        return super()._numpy_aligned(shape, dtype, *rest)
+
+
+class Engine:
+    """Processes that play the environments of all actors. Each plays a part of those of two actors or more: for one while
+    the policy of another computes. What passes between an actor and its processes lies in a block of memory that they share.
+    There each process has a flag: 1 while it is its turn, 0 while it is the policy's.
+
+    Args:
+        make_envs: the script's function.
+        args: with num_actors, num_envs (of each) and num_servers, the processes.
+        games: environment n of an actor plays games[n % len(games)].
+        seed: of the first vector; the next has the next one.
+
+    Attributes:
+        blocks: of each actor, as make_block makes them.
+        workers: the processes.
+        next_seed: which no vector has.
+    """
+
+    def __init__(self, make_envs, args, games, seed):
+        self.make_envs, self.args, self.games, self.blocks, B = make_envs, args, games, [], args.num_envs
+        groups = max(1, min(args.num_actors // 2, args.num_servers))  # of actors that share processes
+        work = [[] for _ in range(min(args.num_servers, groups * B))]  # of each process, a list of vectors
+        for actor in range(args.num_actors):
+            owners = range(len(work))[actor % groups :: groups]
+            self.blocks.append(block := make_block(B, owners))
+            for n, owner in enumerate(owners):
+                part = slice(B * n // len(owners), B * (n + 1) // len(owners))
+                work[owner].append((block, part, block.flags[n].numpy(), seed))
+                seed += 1
+        self.next_seed = seed
+        self.workers = processes.Workers(self.serve, work, [block.flags for block in self.blocks])
+
+    def close(self):
+        """Ends the processes, and tells their actors."""
+        self.workers.close()
+        for block in self.blocks:
+            block.closed = True
+
+    def serve(self, work):
+        """What a process does: it plays a step of each vector whose flag is 1."""
+        vectors = [(flag, self.play(block, part, flag, seed)) for block, part, flag, seed in work]
+        idle_since = time.monotonic()
+        while True:
+            for flag, steps in vectors:
+                if flag[0]:
+                    next(steps)
+                    idle_since = time.monotonic()
+            processes.rest(time.monotonic() - idle_since)
+
+    def play(self, block, part, flag, seed):
+        """A generator that plays a step of a part of a block whenever it goes on."""
+        games = [self.games[n % len(self.games)] for n in range(part.start, part.stop)]
+        *inputs, action = (x.numpy()[part] for x in block.tensors)
+        envs = self.make_envs(self.args, games, len(games), seed, frames=inputs[0])  # which the engine draws to
+        nanoseconds, begin = flag.view(np.int64)[4:], time.monotonic_ns()
+        while True:
+            reward, obs, done = envs.observe()
+            for shared, new in zip(inputs, (obs["rgb"], reward, done)):
+                if new is not shared:
+                    np.concatenate([new], out=shared)  # a copy; an error if it is of another shape or kind of numbers
+            flag[1] += 1
+            nanoseconds[0] += time.monotonic_ns() - begin
+            flag[0] = 0
+            yield
+            begin = time.monotonic_ns()
+            envs.act(action.astype(np.int32))
+
+    def seconds_played(self):
+        """Time that all processes together have played, in seconds: the rest they waited for policies."""
+        return sum(block.flags.view(torch.int64)[:, 4].sum().item() for block in self.blocks) / 1e9
+
+
+def make_block(B, owners):
+    """What an actor of B environments shares with the processes that play them, those numbers. Each has a row of flags, a
+    cache line: the flag, steps, its number, and from byte 32 on the nanoseconds that it has played."""
+    zeros = processes.shared_zeros
+    block = SimpleNamespace(obs=zeros(torch.uint8, B, *FRAME_SHAPE), reward=zeros(torch.float32, B),
+                            done=zeros(torch.bool, B), action=zeros(torch.int64, B),
+                            flags=zeros(torch.int32, len(owners), 16), closed=False)
+    block.flags[:, 0], block.flags[:, 2] = 1, torch.tensor(owners)
+    block.tensors = block.obs, block.reward, block.done, block.action
+    return block

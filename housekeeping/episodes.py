@@ -1,0 +1,67 @@
+"""Episodes that actors have played: their returns, and what is logged of them."""
+
+from collections import deque
+
+import numpy as np
+import torch
+
+
+class Episodes:
+    """The last 100 returns and lengths of each game."""
+
+    def __init__(self, games, saved=None):
+        self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
+
+    def add(self, game, episode_return, length):
+        self.recent[game].append((float(episode_return), int(length)))
+
+    def add_unroll(self, rewards, dones, totals):
+        """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n
+        plays game n modulo their number. Totals (2, B): return and length before it; returns those
+        after it."""
+        games, ends = list(self.recent), np.zeros_like(totals)  # totals as the last episode ended
+        steps = np.stack([rewards, np.ones_like(rewards)], axis=1)
+        sums = steps.cumsum(0, dtype=float) + totals  # (T, 2, B)
+        for t, n in np.argwhere(dones):
+            self.add(games[n % len(games)], *(sums[t, :, n] - ends[:, n]))
+            ends[:, n] = sums[t, :, n]
+        return sums[-1] - ends
+
+    def reward_scale(self, B):
+        """(1, B): one over the spread of each environment's game."""
+        games = list(self.recent) * (B // len(self.recent))
+        return 1 / torch.tensor([[self.spread(game) for game in games]])
+
+    def full(self):
+        return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())
+
+    def saved(self):
+        return {game: list(episodes) for game, episodes in self.recent.items()}
+
+    def spread(self, game):
+        """Standard deviation of the game's returns; 1 while fewer than ten are known, or all are
+        the same."""
+        returns = [value for value, _ in list(self.recent[game])]  # a copy: actors append
+        return (np.std(returns) or 1.0) if len(returns) >= 10 else 1.0
+
+    def scalars(self, mode, ranges):
+        """{tag: number}: mean return, length and, where the mode has a range, normalized return of each game, and their
+        means over games once all have ended one.
+
+        Args:
+            mode: the distribution mode.
+            ranges: {game: {mode: (low, high)}}, the returns that are normalized to 0 and 1.
+        """
+        scalars = {}
+        for game, recent in self.saved().items():
+            if recent:
+                value, scalars[f"length/{game}"] = np.mean(recent, axis=0).tolist()
+                scalars[f"return/{game}"] = value
+                if mode in ranges[game]:
+                    low, high = ranges[game][mode]
+                    scalars[f"normalized_return/{game}"] = (value - low) / (high - low)
+        for kind in ("return", "normalized_return", "length"):
+            values = [value for name, value in scalars.items() if name.startswith(f"{kind}/")]
+            if len(values) == len(self.recent):
+                scalars[f"{kind}/mean"] = np.mean(values).item()
+        return scalars

@@ -1,0 +1,49 @@
+"""SIGINT and SIGTERM, which let a run save and stop."""
+
+import os
+import signal
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+import srwm_cuda
+
+from . import say
+from .launch import NUM_PROCESSES
+
+
+class Stop(threading.Event):
+    """Set by SIGINT or SIGTERM in training: the run is saved. Before, or if it comes again, it ends the process."""
+
+    training = False
+
+    def hear(self, number, frame):
+        if not self.training:
+            say("stopped before training began: there is nothing to save")
+            os._exit(0)
+        answer_signals([signal.SIG_IGN, signal.SIG_IGN])
+        self.set()
+        say(f"{signal.Signals(number).name}: saving and stopping (once more: stop at once)")
+        time.sleep(0.1)  # a signal may arrive twice: at the process, and at its group
+        answer_signals([signal.SIG_DFL, signal.SIG_DFL])
+
+    def now(self):
+        """Whether to stop at once, as only a process alone may: several stop after the same update."""
+        return self.is_set() and NUM_PROCESSES == 1
+
+    def agreed(self, device):
+        """Whether this process was told to stop, or any other."""
+        if NUM_PROCESSES == 1:
+            return self.is_set()
+        told = torch.tensor(float(self.is_set()), device=device)
+        dist.all_reduce(told)
+        srwm_cuda.synchronize()
+        return told.item() > 0
+
+
+def answer_signals(handlers):
+    """Sets the handlers of SIGINT and SIGTERM. Returns those before. Only the main thread may; others do nothing."""
+    if threading.current_thread() is threading.main_thread():
+        return [signal.signal(*pair) for pair in zip((signal.SIGINT, signal.SIGTERM), handlers)]

@@ -1,0 +1,119 @@
+"""Weights on their way from a learner to those that act, and what an optimizer and a state need on that way."""
+
+import torch
+
+
+class Weights:
+    """The newest parameters and buffers of an agent, in a ring of eight rows on its device. Nobody waits for anybody: a row is
+    whole when it is published, and is written again only eight updates later, so nobody reads half an update.
+
+    Attributes:
+        version: the number of the newest, from 1 on.
+        newest, row: the same on the device, (1,) int64, and which row has it.
+    """
+
+    def __init__(self, agent):
+        self.tensors = [*agent.parameters(), *agent.buffers()]
+        # A row in float32 numbers: each tensor in pieces of 256 bytes, and last its version.
+        self.sizes = [-(-x.nbytes // 256) * 64 for x in self.tensors] + [64]
+        self.ring = self.tensors[0].new_zeros(8, sum(self.sizes), dtype=torch.float32)
+        self.rows = [self.views(row, self.tensors) for row in self.ring]
+        self.version, (self.newest, self.row) = 0, self.ring.new_zeros(2, 1, dtype=torch.int64)
+        self.publish()
+
+    def views(self, row, tensors):
+        """Views of a row in the shapes of these tensors, and of its version, (1,) int32."""
+        *parts, version = row.split(self.sizes)
+        views = [part.view(x.dtype).as_strided(x.shape, torch.empty_like(x).stride())  # dense, also of a slice
+                 for part, x in zip(parts, tensors)]
+        return views, version.view(torch.int32)[:1]
+
+    @torch.no_grad()
+    def publish(self):
+        """Makes what the agent's tensors hold the newest."""
+        self.version += 1
+        views, version = self.rows[self.version % 8]
+        torch._foreach_copy_(views, self.tensors)
+        version.fill_(self.version)
+        self.newest.fill_(self.version)
+        self.row.fill_(self.version % 8)
+
+    @torch.no_grad()
+    def restore(self):
+        """Gives the agent what was published last."""
+        torch._foreach_copy_(self.tensors, self.rows[self.version % 8][0])
+
+    def attach(self, agent):
+        """Gives another agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
+        agent.row, tensors = self.ring[0].clone(), [*agent.parameters(), *agent.buffers()]
+        views, agent.version = self.views(agent.row, tensors)
+        for tensor, view in zip(tensors, views):
+            tensor.data = view
+
+    def fetch(self, agent):
+        """Gives an attached agent what is the newest when its device comes to it."""
+        if agent.row.is_cuda or agent.version.item() != self.version:
+            torch.index_select(self.ring, 0, self.row, out=agent.row.unsqueeze(0))
+
+
+@torch.no_grad()
+def reset_diverged(state, bounds):
+    """Zeroes the state of environments in which it is not finite or reaches a bound.
+
+    Args:
+        state: a tuple of tensors (B, ...); those of whole numbers are not looked at.
+        bounds: a number, or one for each part of the state (math.inf: none), such as an agent's state_bound.
+
+    Returns:
+        The number of these environments, a tensor: nobody waits for it.
+    """
+    bounds = bounds if isinstance(bounds, (tuple, list)) else [bounds] * len(state)
+    if len(bounds) != len(state):
+        raise ValueError(f"state_bound must be a number, or one for each of {len(state)} parts, got {bounds}")
+    diverged = [~(part.abs().reshape(len(part), -1) < bound).all(1)  # (B,) each; nan is not less either
+                for part, bound in zip(state, bounds) if part.is_floating_point() or part.is_complex()]
+    if not diverged:
+        return torch.zeros(())
+    diverged = torch.stack(diverged).any(0)
+    for part in state:
+        part.masked_fill_(diverged.view(-1, *[1] * (part.ndim - 1)), 0)
+    return diverged.sum()
+
+
+def prepare_optimizer(optimizer, saved=None):
+    """Lets an optimizer make its averages, by a step at learning rate zero: a CUDA graph cannot make them. They become those
+    of a state_dict(), `saved`, or else zeros. Hyperparameters stay."""
+    groups = optimizer.param_groups
+    parameters, rates = [x for group in groups for x in group["params"]], [group["lr"] for group in groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in groups:
+        group["lr"] = 0 * group["lr"]
+    optimizer.step()
+    for group, rate in zip(groups, rates):
+        group["lr"] = rate
+    for index, parameter in enumerate(parameters):
+        before = saved["state"].get(index, {}) if saved else {}
+        for name, average in optimizer.state[parameter].items():
+            average.copy_(before.get(name, torch.zeros_like(average)))
+
+
+@torch.no_grad()
+def acting_logits(agent, *inputs):
+    """The policy as actors compute it: without dropout, with BatchNorm's averages. The agent is in training mode after it."""
+    logits, _, _ = agent.eval()(*inputs)
+    agent.train()
+    return logits
+
+
+@torch.no_grad()
+def modes_differ(agent, obs, reward, done, state):
+    """Whether an agent's policy in training is another than in evaluation, as with BatchNorm or dropout.
+
+    It writes to its parameters, buffers and to obs; Weights.restore() brings back the first two.
+    """
+    obs.random_(0, 256)
+    torch._foreach_add_([x.data for x in agent.parameters()], 1e-3)  # or what starts at zero would hide a difference
+    inputs = obs[:2], reward[:2], done[:2], state  # 2: BatchNorm needs more than one row
+    acting, (training, _, _) = acting_logits(agent, *inputs), agent(*inputs)
+    return not torch.allclose(acting, training, 1e-3, 1e-4)
