@@ -220,28 +220,19 @@ def draw_scores(axis, rows, colors):
     axis.set(xticks=[], xlim=(-0.5, len(colors) - 0.5))
 
 
-def record(function, script):
-    """Calls a function that runs an agent of this script. Returns what it returns, and of each self-referential layer
-    what it did in the first environment: its rates beta (4, H), and the norm of what W has changed by after the step,
-    relative to W's, (H,)."""
-    layers, srwm = [], srwm_cuda.srwm
-    places = [(module, name) for module in (srwm_cuda, script)  # a script may have imported the function by itself
-              for name, value in vars(module).items() if value is srwm]
+def record(function):
+    """Calls a function that runs an agent. Returns what it returns, and of each self-referential layer what it did in the
+    first environment: its rates beta (4, H), and the norm of what W has changed by after the step, relative to W's,
+    (H,)."""
+    layers = []
 
-    def spy(x, W, state, done, *options, **more_options):
-        y, new_state = srwm(x, W, state, done, *options, **more_options)
+    def hook(x, W, state, done, y, new_state):
         W_t = W + state[0] * ~done[0, 0]  # (H, D, Y + 2D + 4)
         beta = torch.einsum("hi,hij->jh", x[0, 0], W_t[..., -4:]).sigmoid()
         layers.append((beta.cpu().numpy(), (new_state[0].norm(dim=(1, 2)) / W.norm(dim=(1, 2))).cpu().numpy()))
-        return y, new_state
 
-    try:
-        for module, name in places:
-            setattr(module, name, spy)
+    with srwm_cuda.register_forward_hook(hook):
         return function(), layers
-    finally:
-        for module, name in places:
-            setattr(module, name, srwm)
 
 
 def check_probe(run):
@@ -249,7 +240,7 @@ def check_probe(run):
     device = next(run.agent.parameters()).device
     frame, number = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8, device=device), torch.zeros(1, 1, device=device)
     with torch.no_grad():
-        _, layers = record(lambda: run.agent(frame, number, number.bool(), run.agent.initial_state(1)), run.script)
+        _, layers = record(lambda: run.agent(frame, number, number.bool(), run.agent.initial_state(1)))
     if not layers:
         raise ValueError(f"--probe needs a run whose layers call srwm_cuda.srwm; those of {run.about['script']} do not")
 
@@ -261,7 +252,7 @@ def probe(run, policy, target):
     game = Game(run.games[0], run.splits[0], policy, 0)
     steps, frames, rewards = [], [], []
     while not game.ended:
-        actions, layers = record(policy.act, run.script)
+        actions, layers = record(policy.act)
         steps.append(layers)
         frames.append(game.frame.copy())
         rewards.append(game.step(actions))

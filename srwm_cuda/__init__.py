@@ -10,10 +10,12 @@ equations. To what records a graph, such as torch.compile and torch.export, each
 with the kernels behind it; docs/srwm_cuda.md shows it in a model.
 """
 
+import collections
 import hashlib
 import pathlib
 
 import torch
+import torch.utils.hooks
 
 from . import cnn, delta_rule_op, kernels, reference, srwm_op
 from .cnn import is_impala_cnn
@@ -24,7 +26,7 @@ from .weights import Weights, acting_logits, modes_differ, prepare_optimizer, re
 
 __all__ = ["Flags", "Weights", "acting_logits", "capture", "check_heads", "compile", "delta_rule", "impala_cnn",
            "is_impala_cnn", "lock_pages", "modes_differ", "prepare_optimizer", "record_event", "reference",
-           "reset_diverged", "srwm", "synchronize"]
+           "register_forward_hook", "reset_diverged", "srwm", "synchronize"]
 
 _SOURCES = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu", ".cuh"))
 SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart
@@ -73,8 +75,26 @@ def srwm(x, W, state, done, bptt_length=None):
     _check_kernel_sizes("x", x, "W", columns)
     training = _is_training(x, W, state)
     if reference.is_tracing() or kernels.take(srwm_op.launches, x, columns, training):
-        return torch.ops.srwm_cuda.srwm(x, W, state, done, bptt_length or 0, training)[:2]
-    return reference.srwm(x, W, state, done, bptt_length)
+        y, new_state, *_ = torch.ops.srwm_cuda.srwm(x, W, state, done, bptt_length or 0, training)
+    else:
+        y, new_state = reference.srwm(x, W, state, done, bptt_length)
+    for hook in _hooks.values():
+        hook(x, W, state, done, y, new_state)
+    return y, new_state
+
+
+_hooks = collections.OrderedDict()  # by their handles
+
+
+def register_forward_hook(hook):
+    """Lets hook(x, W, state, done, y, new_state) be called after each call of srwm, with its arguments and results.
+
+    Returns:
+        A handle, as of a module's forward hooks: `remove()` ends it, and so does the end of a `with` block.
+    """
+    handle = torch.utils.hooks.RemovableHandle(_hooks)
+    _hooks[handle.id] = hook
+    return handle
 
 
 def delta_rule(q, k, v, beta, state, done, bptt_length=None):

@@ -3,9 +3,8 @@
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from . import kernels, reference
+from . import kernels, operators, reference
 from .kernels import LANES, Launch, round_up
 
 
@@ -71,18 +70,4 @@ def _backward(q, k, v, beta, state, done, e, episode, grad_out, grad_new_state, 
     return grads
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.bptt_length, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _autograd(ctx, grad_out, grad_new_state, *_):
-    grads = torch.ops.srwm_cuda.delta_rule_backward(*ctx.saved_tensors, grad_out, grad_new_state, ctx.bptt_length)
-    return *grads, None, None, None
-
-
-torch.library.impl("srwm_cuda::delta_rule", "default", _forward)
-torch.library.impl("srwm_cuda::delta_rule_backward", "default", _backward)
-torch.library.register_autograd("srwm_cuda::delta_rule", _autograd, setup_context=_setup_context)
+operators.register("delta_rule", _forward, _backward, first_saved=2)

@@ -3,9 +3,8 @@
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from . import kernels, reference
+from . import kernels, operators, reference
 from .kernels import MAX_COLUMNS, Launch, round_up
 
 AHEAD, ROWS_IN_REGISTERS = (kernels.constant("srwm.cu", name) for name in ("AHEAD", "ROWS_IN_REGISTERS"))
@@ -82,18 +81,4 @@ def _backward(x, W, state, done, new_state, qkb, d, episode, grad_y, grad_new_st
     return grad_x, grad_W.sum(0), grad_state  # each environment its own part of grad_W: no atomics
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.bptt_length, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _autograd(ctx, grad_y, grad_new_state, *_):
-    grads = torch.ops.srwm_cuda.srwm_backward(*ctx.saved_tensors, grad_y, grad_new_state, ctx.bptt_length)
-    return *grads, None, None, None
-
-
-torch.library.impl("srwm_cuda::srwm", "default", _forward)
-torch.library.impl("srwm_cuda::srwm_backward", "default", _backward)
-torch.library.register_autograd("srwm_cuda::srwm", _autograd, setup_context=_setup_context)
+operators.register("srwm", _forward, _backward, first_saved=1)
