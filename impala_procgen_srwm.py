@@ -4,19 +4,21 @@ Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Iri
 arXiv 2202.05780). Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), that is asynchronous
 actors and V-trace.
 
-    python impala_procgen_srwm.py --multi-env 6        learns six games
-    python impala_procgen_srwm.py --env maze           or a single one
-    python impala_procgen_srwm.py --resume runs/NAME   continues a run
-    python evaluate.py --start-level 1000              scores it on new levels
+    python impala_procgen_srwm.py --multi-env 6           learns six games
+    python impala_procgen_srwm.py --env maze              or a single one
+    python impala_procgen_srwm.py --resume runs/NAME      continues a run
+    python evaluate.py --start-level 1000                 scores it on new levels
+    torchrun --nproc-per-node 2 impala_procgen_srwm.py    on two GPUs
 
     Engine -- frame, reward, done --> Actor -- full Unroll --> Learner
        ^                              |   ^                       |
        '----------- action -----------'   '------- Weights -------'
 
 The engine's processes play the environments. Learner and actors are threads of this process. The
-story comes first, then housekeeping. For an ablation, copy this file. In shapes, T is time steps, B
-environments, H heads of size D; "the reference" is the paper's own code, IDSIA/modern-srwm. Expect
-about 275,000 steps a second on one H200 with 16 cores, and 300 to 1,000 on two CPU cores.
+story comes first, then housekeeping. For an ablation, copy this file; the scripts of the other five
+agents are this one but for the model section. In shapes, T is time steps, B environments, H heads
+of size D; "the reference" is the paper's own code, IDSIA/modern-srwm. Expect about 275,000 steps a
+second on one H200 with 16 cores, and 300 to 1,000 on two CPU cores.
 """
 
 import contextlib
@@ -44,14 +46,13 @@ sys.path.append(str(Path(__file__).parent))  # where these are, also with PYTHON
 import srwm_cuda
 from housekeeping import arguments, checkpoints, processes, say
 from housekeeping.arguments import Amount, Count, Fraction, Positive, PositiveAmount, Steps
-from housekeeping.engine import FRAME_SHAPE, GAMES, NUM_ACTIONS, RETURN_RANGE, Mode
-from housekeeping.engine import Engine, ProcgenGym3Env, check_games
+from housekeeping.engine import GAMES, RETURN_RANGE, Engine, Mode, ProcgenGym3Env, check_games
 from housekeeping.episodes import Episodes
 from housekeeping.launch import LOCAL_RANK, NUM_LOCAL, NUM_PROCESSES, RANK, Launch, num_cores
 from housekeeping.log import Log
 from housekeeping.signals import Stop, answer_signals
 
-FEATURES = 256  # what Encoder makes of a frame
+FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # the last: what Encoder makes of a frame
 
 
 @dataclass
@@ -79,7 +80,8 @@ class LearningArgs:
     discounting: Fraction = 0.99  # discount factor
     baseline_cost: Amount = 0.5  # weight of the value loss
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
-    # rewards to learn from: clamped to [-1, 1], divided by the spread of a game's returns, or as is
+    # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
+    # of a game's returns, or as they are
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
     carry_state: bool = True  # from unroll to unroll; without, the state-reset ablation
 
@@ -95,7 +97,7 @@ class Residual(nn.Module):
 
 class Encoder(nn.Module):
     """IMPALA's residual CNN (Espeholt et al. 2018, figure 3): frames (N, 64, 64, 3) uint8 to
-    features (N, 256). On a GPU this text runs in kernels; a changed one, through torch.compile."""
+    features (N, 256). In bfloat16 on a GPU, kernels compute it; a changed one, torch.compile."""
 
     def __init__(self, args):
         super().__init__()
@@ -114,13 +116,13 @@ class Encoder(nn.Module):
                 self.compiled = srwm_cuda.compile(self.conv)
 
     def fused(self):
-        """Whether the kernels compute the CNN: only as this text says and makes it."""
+        """Whether kernels compute the CNN: not if this class, Residual or a layer was changed."""
         same = self.kernels and str(self.cnn) == self.built
         return same and srwm_cuda.is_impala_cnn(self.cnn, SOURCE, type(self), Residual)
 
     def forward(self, frames):
         if not frames.is_cuda and len(frames) > 240 and not [*self.buffers()]:
-            return torch.cat([self.forward(part) for part in frames.split(240)])  # fits the caches
+            return torch.cat([self.forward(part) for part in frames.split(240)])  # fits caches
         with torch.autocast(frames.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
             if self.fused():
                 x = srwm_cuda.impala_cnn(frames, *self.cnn.parameters())
@@ -139,8 +141,8 @@ class Encoder(nn.Module):
 class ModelArgs:
     num_layers: Positive = 2  # SRWM layers, each with a feed-forward block
     hidden_size: Positive = 128  # width of the recurrent core
-    # heads of an SRWM layer; on a GPU hidden_size / num_head must be 8, 16, 32 or 64 (with 8,
-    # matrices may diverge)
+    # heads of an SRWM layer; on a GPU their size D, hidden_size / num_head, must be 8, 16, 32 or 64
+    # (with D = 8, matrices may diverge)
     num_head: Positive = 8
     # cut the state's gradient every N steps (None: whole unrolls; 1: as the reference)
     bptt_length: Positive | None = None
@@ -175,7 +177,7 @@ def feed_forward_block(size):
 
 
 class Agent(nn.Module):
-    state_bound = 100.0  # a state that reaches it would only grow, and is zeroed (healthy: 1.5)
+    state_bound = 100.0  # where an element reaches it, an unroll begins at zero (healthy: 1.5)
 
     def __init__(self, args):
         super().__init__()
@@ -228,8 +230,9 @@ def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
 
 def make_envs(args, games, num, seed, num_threads=0, **options):
     """`num` environments in one vector; number n plays games[n % len(games)]. Whoever calls them
-    steps them, or num_threads do. What `observe` of the vector, or of a wrapper around it, returns
-    is what the agent sees, in training and in evaluation."""
+    steps them, or num_threads do. A wrapper around it needs `act(action)` and `observe()`, which
+    returns reward (num,), {"rgb": frames (num, *FRAME_SHAPE) uint8}, first (num,): what the agent
+    sees, here and in evaluation. Returns are sums of its rewards."""
     options |= dict(distribution_mode=args.distribution_mode, num_levels=args.num_levels,
                     start_level=args.start_level)
     return ProcgenGym3Env(num, ",".join(games), rand_seed=seed % 2**31, num_threads=num_threads,
@@ -253,37 +256,37 @@ class Unroll:
         self.state = agent.initial_state(B)  # before the first step
         self.read = srwm_cuda.record_event()  # to wait for before it is filled again
 
-    def copy(self, to, unroll, begin, count):
-        """Copies `count` environments of another unroll, from number `begin` on, to `to`."""
+    def copy_from(self, unroll, begin, count, at=0):
+        """Copies `count` environments of another unroll, from number `begin` on, to `at`."""
         def views(x, begin):
             steps = (*x.inputs, x.action, x.logits, x.version, x.reward_scale)
             steps = [each.narrow(1, begin, count) for each in steps]
             return steps + [each.narrow(0, begin, count) for each in x.state]
-        torch._foreach_copy_(views(self, to), views(unroll, begin))
+        torch._foreach_copy_(views(self, at), views(unroll, begin))
 
 
 class Actor:
     """Plays a block of environments with the newest weights, and fills unrolls with it. On a GPU
-    its thread only queues CUDA graphs, of a few steps each: its stream and the engine's processes
-    wait for each other by themselves."""
+    its thread queues CUDA graphs, of a few steps each: its stream and the engine's processes wait
+    for each other by themselves."""
 
     def __init__(self, args, block, weights, episodes, seed):
         T, B, device = args.unroll_length, args.num_envs, "cuda" if args.cuda else "cpu"
         self.args, self.block, self.weights, self.episodes = args, block, weights, episodes
         self.totals = np.zeros((2, B))  # return and length of each episode before the unroll
         self.agent = Agent(args).to(device).requires_grad_(False).eval()  # without dropout
-        weights.attach(self.agent)
+        weights.attach(self.agent)  # gives it a `version`
         self.bound = getattr(self.agent, "state_bound", math.inf)
         self.unroll, self.state = Unroll(self.agent, T, B), self.agent.initial_state(B)
-        self.noise = torch.zeros_like(self.unroll.logits)
+        self.noise = torch.zeros_like(self.unroll.logits)  # log Exp(1)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_diverged, self.waited = torch.zeros((), device=device), 0.0  # for free unrolls
         self.flags = srwm_cuda.Flags(block.flags, device, block.tensors)
         self.parts = [functools.partial(self.steps, t, min(t + 5, T)) for t in range(0, T, 5)]
-        self.stream = self.capture() if args.cuda else None
+        self.stream = self.make_stream() if args.cuda else None
 
-    def capture(self):
-        """Makes the actor's CUDA stream, and CUDA graphs of its parts."""
+    def make_stream(self):
+        """A CUDA stream for the actor, whose parts become CUDA graphs."""
         stream = torch.cuda.Stream(priority=-1)  # inference is short, and environments wait for it
         stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above were made
         with torch.cuda.stream(stream):
@@ -300,21 +303,23 @@ class Actor:
             self.num_diverged += srwm_cuda.reset_diverged(self.state, self.bound)
             self.noise.exponential_(generator=self.generator).log_()
             for first, now in zip(self.unroll.state, self.state):
-                first.copy_(now if self.args.carry_state else now.zero_())
+                if not self.args.carry_state:
+                    now.zero_()
+                first.copy_(now)
         state = self.state
         for t in range(begin, end):
             self.observe(t)
             state = self.infer(t, state)
-            self.flags.set(1)  # the processes play
+            self.flags.set(1)  # now the processes play
         for old, new in zip(self.state, state):
             old.copy_(new)
         if end == self.args.unroll_length:
-            self.observe(end)
+            self.observe(end)  # which the next unroll does again, as its first step
 
     def observe(self, t):
-        """Waits for the environments, and uploads what they answer: once, to where it stays."""
+        """Waits until all flags are 0, the environments' answer, and uploads it to the unroll."""
         self.flags.wait(0)
-        for x, new in zip(self.unroll.inputs, self.block.tensors):
+        for x, new in zip(self.unroll.inputs, self.block.tensors[:3]):
             x[t].copy_(new, non_blocking=True)
 
     @torch.no_grad()
@@ -323,7 +328,7 @@ class Actor:
         self.weights.fetch(self.agent)
         logits, _, state = self.agent(*(x[t : t + 1] for x in self.unroll.inputs), state)
         self.unroll.logits[t], self.unroll.version[t] = logits[0], self.agent.version
-        # argmax(p / Exp(1)) is a sample of p
+        # argmax(log p - log Exp(1)) is a sample of p
         torch.argmax(logits[0] - self.noise[t], -1, out=self.unroll.action[t])
         self.block.action.copy_(self.unroll.action[t], non_blocking=True)
         return state
@@ -334,15 +339,15 @@ class Actor:
             self.unroll.reward_scale.copy_(self.episodes.reward_scale(self.args.num_envs))
         events = []
         for part in self.parts:
-            for event in events[-2:-1]:  # at most two are queued: with more, starting them is slow
-                event.synchronize()
+            if len(events) > 1:  # at most two are queued: with more, starting them is slow
+                events[-2].synchronize()
             if self.block.closed:
-                return
+                return  # nobody reads it
             part()
             events.append(srwm_cuda.record_event())
         # A CUDA graph always writes to the same addresses: to self.unroll, and from there to this.
         unroll.read.wait()
-        unroll.copy(0, self.unroll, 0, self.args.num_envs)
+        unroll.copy_from(self.unroll, 0, self.args.num_envs)
         srwm_cuda.synchronize()
         ended = self.unroll.reward[1:].cpu().numpy(), self.unroll.done[1:].cpu().numpy()
         self.totals = self.episodes.add_unroll(*ended, self.totals)
@@ -356,7 +361,8 @@ class ActorPool:
         self.args, self.episodes, self.engine, self.stop = args, episodes, engine, stop
         self.actors = [Actor(args, block, weights, episodes, seed + number)
                        for number, block in enumerate(engine.blocks)]
-        self.free, self.full = queue.Queue(), queue.Queue()  # a SimpleQueue may miss a time-out
+        self.free, self.full = queue.Queue(), queue.Queue()
+        # From which each actor takes: all from one, but for --deterministic.
         self.queues = [queue.Queue() if args.deterministic else self.free for _ in self.actors]
         for _ in range(num_unrolls):
             self.free.put(Unroll(self.actors[0].agent, args.unroll_length, args.num_envs))
@@ -384,7 +390,7 @@ class ActorPool:
             self.error = error  # for check() to raise
 
     def get(self):
-        """The next full unroll, or None after a signal to stop."""
+        """The next full unroll, for which a deterministic actor plays now; None after a signal."""
         begin, unroll = time.monotonic(), None
         if self.args.deterministic:
             srwm_cuda.synchronize()  # with the stream that publishes weights
@@ -425,7 +431,8 @@ class Learner:
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # in use, and its first environment not learned from
         self.names = ()  # of statistics
-        self.modes_differ = srwm_cuda.modes_differ(agent, *self.batch.inputs, self.batch.state)
+        # Whether train() and eval() do, as with BatchNorm; this changes the weights a little.
+        self.modes_differ = srwm_cuda.try_both_modes(agent, *self.batch.inputs, self.batch.state)
         self.backward_graph = self.step_graph = None
         if args.cuda:
             for _ in range(3):  # compilation, and cuDNN's choice of algorithms
@@ -434,7 +441,7 @@ class Learner:
                 stream = torch.cuda.current_stream()
                 self.backward_graph = srwm_cuda.capture(self.backward, stream)
                 self.step_graph = srwm_cuda.capture(self.step, stream)
-        self.weights.restore()  # what this has changed
+        self.weights.restore()
 
     def fill(self, pool):
         """Fills the batch with the next environments of unrolls. Returns False after a signal."""
@@ -445,7 +452,7 @@ class Learner:
                 if self.unroll is None:
                     return False
             count = min(self.args.batch_size - filled, self.args.num_envs - self.column)
-            self.batch.copy(filled, self.unroll, self.column, count)
+            self.batch.copy_from(self.unroll, self.column, count, at=filled)
             filled, self.column = filled + count, self.column + count
             if self.column == self.args.num_envs:
                 self.unroll.read = srwm_cuda.record_event()
@@ -486,12 +493,14 @@ class Learner:
         return loss, dict(zip(sums, means.unbind()))
 
     def backward(self):
-        """Computes gradient and statistics, in one flat tensor, which one transfer averages."""
+        """Computes gradient and statistics: views of one flat tensor, which one transfer averages,
+        and to which a replayed graph writes again."""
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
-        if unused := [name for name, x in self.agent.named_parameters() if x.grad is None]:
-            self.names or say(f"no gradient reaches {', '.join(unused)}")  # once
+        unused = [name for name, x in self.agent.named_parameters() if x.grad is None]
+        if unused and not self.names:  # the first time
+            say(f"no gradient reaches {', '.join(unused)}")
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.parameters]
         self.joint = torch.cat([x.flatten() for x in (*gradients, *statistics.values())])
         self.names, number = list(statistics), len(statistics)
@@ -512,7 +521,7 @@ class Learner:
         (self.backward_graph or self.backward)()
         if dist.is_initialized():
             dist.all_reduce(self.joint)
-            self.joint /= dist.get_world_size()
+            self.joint /= dist.get_world_size()  # each process has a batch of batch_size
             for buffer in self.agent.buffers():  # averages of BatchNorm
                 dist.broadcast(buffer, src=0)
         values = torch.cat([self.statistics, self.gradient.norm().view(1)])
@@ -527,16 +536,16 @@ class Learner:
 
 
 def train(run, stop):
-    """Trains until total_steps, or until a signal says stop. Leaves a checkpoint in either case."""
+    """Trains until total_steps, or a signal to stop. Leaves a checkpoint in either case."""
     args = run.args
     with run.parts:  # which are closed in the end, the last first
         learner = run.learner = Learner(run.agent, args, run.optimizer_state)
         pool = run.pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop,
-                                    num_unrolls=args.num_actors + 1)  # which bounds policy_lag
+                                    num_unrolls=args.num_actors + 1)  # more: more policy_lag
         run.parts.callback(pool.close)
         run.open(stop)  # its log, its validation, and the connection of several processes
-        stop.training = True  # from now on, Ctrl-C saves
-        pool.start()
+        stop.training = True  # from now on, signals save
+        pool.start()  # after the last capture, beside which no thread may use CUDA
         while run.step < args.total_steps and not stop.agreed(learner.learning_rate.device):
             if not learner.fill(pool):
                 break
@@ -550,7 +559,7 @@ def train(run, stop):
 
 # ============ housekeeping: what a run needs, and a reader of the paper does not ============
 # In order: arguments, resuming, a run with its checkpoints and its log, main. The package of this
-# name has what any program would need that trains for hours.
+# name has what any program would need that trains for hours. "Processes" are torchrun's here.
 
 SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
@@ -631,8 +640,8 @@ def check_args(args):
 
 
 def resolve_args(given):
-    """Checks the arguments and fills in what is None, which a checkpoint keeps: it is decided anew
-    on the machine that continues. Returns them and the games. Raises ValueError."""
+    """Checks the arguments and fills in what is None. A checkpoint keeps the None: each machine
+    decides anew. Returns them and the games. Raises ValueError."""
     args, games = replace(given), check_args(given)
     if args.bf16 is None:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
@@ -674,6 +683,7 @@ def parse_args(launch):
         given = command_line(Args(**{name: getattr(saved, name) for name in model_names}))
         before = [checkpoint["history"], *checkpoint["before"]]  # what the weights learned from
         checkpoint = dict(model=checkpoint["model"], before=before)
+    # All take the first process's answer; after a crash, that is the run that crashed.
     given.resume = path = launch.agree(lambda: unfinished_run(given) if auto else given.resume)
     if path is not None:
         checkpoint = checkpoints.load_checkpoint(path, SCRIPT)
@@ -715,7 +725,7 @@ def make_agent(args, checkpoint):
     that do not fit."""
     if args.cuda:
         torch.cuda.set_device(LOCAL_RANK)
-        torch.cuda.set_stream(torch.cuda.Stream())  # the learner's: the default has no graphs
+        torch.cuda.set_stream(torch.cuda.Stream())  # the learner's: the default cannot capture
         torch.use_deterministic_algorithms(args.deterministic, warn_only=True)  # a CPU's always are
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS needs for that
     torch.manual_seed(args.seed)
@@ -738,13 +748,14 @@ class Run:
         # A resumed run plays on, not again; each process has its range.
         self.seed = (self.args.seed + self.step) * 1000 + RANK * 2**16
         self.parts = contextlib.ExitStack()  # to close in the end
-        self.engine = Engine(make_envs, self.args, games, self.seed)
+        self.engine = Engine(make_envs, self.args, games, self.seed, FRAME_SHAPE)
         self.parts.callback(self.engine.close)
         if self.args.valid_num_levels and RANK == 0:
             valid_args = validation_args(self.args, games)
-            self.valid_engine = Engine(make_envs, valid_args, games, self.engine.next_seed)
+            seed = self.engine.next_seed
+            self.valid_engine = Engine(make_envs, valid_args, games, seed, FRAME_SHAPE)
             self.parts.callback(self.valid_engine.close)
-        self.agent = make_agent(self.args, checkpoint)  # after the processes, which know no GPU
+        self.agent = make_agent(self.args, checkpoint)  # after the forks, which bar CUDA before
         self.optimizer_state = checkpoint.get("optimizer")
         self.episodes = Episodes(games, checkpoint.get("episodes"))
         now, then = self.history[-1]["args"], checkpoint.get("args", {})
@@ -812,7 +823,8 @@ class Run:
         with contextlib.suppress(ValueError):  # it may be newer than the checkpoint, or not there
             best = checkpoints.load_checkpoint(self.folder / "best.pt", SCRIPT)
             now = self.history[-1]["args"]
-            if all(best["args"].get(name) == now[name] for name in now if "valid_" in name):
+            valid_names = [name for name in now if name.startswith("valid_")]
+            if all(best["args"].get(name) == now[name] for name in valid_names):
                 self.best = best["best"]
         names = [path.stem.split("_")[-1] for path in self.folder.glob("checkpoint_*.pt")]
         kept = max([int(name) for name in names if name.isdecimal()], default=0)

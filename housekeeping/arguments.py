@@ -56,7 +56,7 @@ def check_values(args):
 def command_line(kind, default, description):
     """Arguments of that dataclass from the command line, those that it does not name from `default`."""
     switches = "|".join(field.name.replace("_", "[-_]") for field in fields(kind) if field.type is bool)
-    text = "\0".join(sys.argv[1:])  # --cuda False and --cuda=False, as sweeps write them, are --no-cuda
+    text = "\0".join(sys.argv[1:])  # --cuda False and --cuda=False, as sweeps write them, become --no-cuda
     for value, prefix in (("true", ""), ("false", "no-")):
         text = re.sub(rf"(?<![^\0])--({switches})[=\0]{value}(?![^\0])", rf"--{prefix}\1", text, flags=re.I)
     return tyro.cli(kind, default=default, args=text.split("\0") if text else [], description=description)

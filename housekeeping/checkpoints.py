@@ -16,6 +16,7 @@ locks = {}  # open files by a run's folder: the system unlocks them when this pr
 
 def lock(folder):
     """Keeps other processes off a run. Raises ValueError if it is another's, OSError if it cannot be written to."""
+    name, folder = folder, folder.resolve()
     if folder in locks:
         return
     locks[folder] = open(folder / "lock", "a")
@@ -24,7 +25,7 @@ def lock(folder):
         fcntl.flock(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         locks.pop(folder).close()
-        raise ValueError(f"{folder} is in use: another process trains there") from None
+        raise ValueError(f"{name} is in use: another process trains there") from None
     except (ImportError, OSError):
         pass  # Windows or a file system without locks
 

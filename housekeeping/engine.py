@@ -41,7 +41,6 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
             return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
 
 Mode = Literal["easy", "hard", "extreme", "memory"]
-FRAME_SHAPE, NUM_ACTIONS = (64, 64, 3), 15
 # The games in the order of --multi-env, and the ranges that normalize their returns (Cobbe et al. 2020, appendix C).
 RETURN_RANGE = {
     "bigfish": {"easy": (1, 40), "hard": (0, 40)}, "fruitbot": {"easy": (-1.5, 32.4), "hard": (-0.5, 27.2)},
@@ -104,15 +103,16 @@ class ProcgenGym3Env(_Engine):
 
 
 class Engine:
-    """Processes that play the environments of all actors. Each plays a part of those of two actors or more: for one while
-    the policy of another computes. What passes between an actor and its processes lies in a block of memory that they share.
-    There each process has a flag: 1 while it is its turn, 0 while it is the policy's.
+    """Processes that play the environments of all actors. Each plays a part of those of two actors or more, if there are two:
+    for one while the policy of another computes. What passes between an actor and its processes lies in a block of memory
+    that they share. There each process has a flag: 1 while it is its turn, 0 while it is the policy's.
 
     Args:
         make_envs: the script's function.
         args: with num_actors, num_envs (of each) and num_servers, the processes.
         games: environment n of an actor plays games[n % len(games)].
         seed: of the first vector; the next has the next one.
+        frame_shape: of what an environment's `observe` returns, uint8.
 
     Attributes:
         blocks: of each actor, as make_block makes them.
@@ -120,13 +120,14 @@ class Engine:
         next_seed: which no vector has.
     """
 
-    def __init__(self, make_envs, args, games, seed):
-        self.make_envs, self.args, self.games, self.blocks, B = make_envs, args, games, [], args.num_envs
-        groups = max(1, min(args.num_actors // 2, args.num_servers))  # of actors that share processes
+    def __init__(self, make_envs, args, games, seed, frame_shape):
+        self.make_envs, self.args, self.games, self.blocks = make_envs, args, games, []
+        B = args.num_envs
+        groups = max(1, min(args.num_actors // 2, args.num_servers))  # of actors with the same processes, two or more
         work = [[] for _ in range(min(args.num_servers, groups * B))]  # of each process, a list of vectors
         for actor in range(args.num_actors):
             owners = range(len(work))[actor % groups :: groups]
-            self.blocks.append(block := make_block(B, owners))
+            self.blocks.append(block := make_block(B, owners, frame_shape))
             for n, owner in enumerate(owners):
                 part = slice(B * n // len(owners), B * (n + 1) // len(owners))
                 work[owner].append((block, part, block.flags[n].numpy(), seed))
@@ -156,7 +157,7 @@ class Engine:
         games = [self.games[n % len(self.games)] for n in range(part.start, part.stop)]
         *inputs, action = (x.numpy()[part] for x in block.tensors)
         envs = self.make_envs(self.args, games, len(games), seed, frames=inputs[0])  # which the engine draws to
-        nanoseconds, begin = flag.view(np.int64)[4:], time.monotonic_ns()
+        nanoseconds, begin = flag.view(np.int64)[4:], time.monotonic_ns()  # from byte 32 on
         while True:
             reward, obs, done = envs.observe()
             for shared, new in zip(inputs, (obs["rgb"], reward, done)):
@@ -174,11 +175,11 @@ class Engine:
         return sum(block.flags.view(torch.int64)[:, 4].sum().item() for block in self.blocks) / 1e9
 
 
-def make_block(B, owners):
-    """What an actor of B environments shares with the processes that play them, those numbers. Each has a row of flags, a
-    cache line: the flag, steps, its number, and from byte 32 on the nanoseconds that it has played."""
+def make_block(B, owners, frame_shape):
+    """What an actor of B environments shares with the processes that play them, whose numbers are `owners`. Each has a row of
+    flags, a cache line: the flag, its steps, its number, and from byte 32 on the nanoseconds that it has played."""
     zeros = processes.shared_zeros
-    block = SimpleNamespace(obs=zeros(torch.uint8, B, *FRAME_SHAPE), reward=zeros(torch.float32, B),
+    block = SimpleNamespace(obs=zeros(torch.uint8, B, *frame_shape), reward=zeros(torch.float32, B),
                             done=zeros(torch.bool, B), action=zeros(torch.int64, B),
                             flags=zeros(torch.int32, len(owners), 16), closed=False)
     block.flags[:, 0], block.flags[:, 2] = 1, torch.tensor(owners)

@@ -19,7 +19,7 @@ class Episodes:
         """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n
         plays game n modulo their number. Totals (2, B): return and length before it; returns those
         after it."""
-        games, ends = list(self.recent), np.zeros_like(totals)  # totals as the last episode ended
+        games, ends = list(self.recent), np.zeros_like(totals)  # totals when an environment's last episode ended
         steps = np.stack([rewards, np.ones_like(rewards)], axis=1)
         sums = steps.cumsum(0, dtype=float) + totals  # (T, 2, B)
         for t, n in np.argwhere(dones):

@@ -42,13 +42,13 @@ class Launch:
                 raise ValueError(f"no connection by MASTER_ADDR {address} and MASTER_PORT {port}: {reason}") from None
 
     def agree(self, find):
-        """The path, or None, that the first process finds, for all. The store may still hold keys of an attempt before
-        a crash. So each process asks under a new random name, and the first answers until all have heard. The answer
-        names this attempt too, since machines may count restarts differently."""
+        """The path, or None, that the first process finds, for all; after a crash, that of the run that crashed. The store
+        may still hold keys of an attempt before. So each process asks under a new random name, and the first answers until
+        all have heard. The answer names this attempt too, since machines may count restarts differently."""
         me = os.urandom(16).hex()
         if RANK == 0:
-            saved = os.fsdecode(self.store.get("run")) if self.store.check(["run"]) else ""  # by an attempt before
-            answer = f"{me} {saved or find() or ''}"
+            crashed = os.fsdecode(self.store.get("run")) if self.store.check(["run"]) else ""  # see remember()
+            answer = f"{me} {crashed or find() or ''}"
             while not all(self.store.check([f"{answer} heard by {rank}"]) for rank in range(1, NUM_PROCESSES)):
                 for rank in range(1, NUM_PROCESSES):
                     if self.store.check([f"{rank} asks"]):  # maybe one that died

@@ -12,7 +12,7 @@ from . import say
 
 def cut_log(folder, step):
     """Cuts TensorBoard's files off after a checkpoint's step: what followed was lost. Returns the step of the last entry
-    that is left, or the step after the checkpoint, and its events."""
+    that is left and its events; if none is, the step after the checkpoint, and no events."""
     last = {}  # event of each tag
     for path in sorted(folder.glob("*tfevents*")):
         size = 0

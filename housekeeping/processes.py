@@ -36,7 +36,7 @@ def fork(function, *arguments):
     if pid:
         return pid
     try:
-        gc.freeze()  # what the parent has left over stays: to close an engine while another is made can lock up cffi
+        gc.freeze()  # the parent's leftover engines stay: to close one while another is made can lock up cffi
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError):
@@ -46,7 +46,8 @@ def fork(function, *arguments):
         libc.prctl(29, 1000)  # PR_SET_TIMERSLACK, in nanoseconds: a short sleep is short
         for number in map(int, os.listdir("/proc/self/fd")):
             with contextlib.suppress(OSError):
-                os.close(number) if number > 2 else None  # locks of files, sockets
+                if number > 2:
+                    os.close(number)  # locks of files, sockets
         torch.set_num_threads(1)
         if os.getppid() == parent:
             function(*arguments)
@@ -62,8 +63,10 @@ def exit_status(pid):
         ended, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
         return "status unknown"
+    if not ended:
+        return None
     code = os.waitstatus_to_exitcode(status)
-    return ended and (f"with status {code}" if code >= 0 else f"by {signal.Signals(-code).name}")
+    return f"with status {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
 
 
 def end(pids):
@@ -86,8 +89,8 @@ class Workers:
     """
 
     def __init__(self, function, work, flags):
-        self.pids, self.flags, self.time = [], flags, time.monotonic()
-        self.done = self.waited = 0  # of each row, when `check` looked last
+        self.pids, self.flags, self.looked = [], flags, time.monotonic()
+        self.steps = self.waited = 0  # of each row, when `check` looked last
         self.close = weakref.finalize(self, end, self.pids)
         self.pids.extend(fork(function, each) for each in work)
 
@@ -97,8 +100,9 @@ class Workers:
             if status := exit_status(pid):
                 raise ChildProcessError(f"process {number} of the engine ended {status}")
         now, flags = time.monotonic(), np.concatenate([each.numpy() for each in self.flags])
-        waits, passed = (flags[:, 0] == 1) & (flags[:, 1] == self.done), min(1, now - self.time)  # 1: after Ctrl-Z
-        self.done, self.waited, self.time = flags[:, 1], np.where(waits, self.waited + passed, 0), now
+        waits = (flags[:, 0] == 1) & (flags[:, 1] == self.steps)
+        passed = min(1, now - self.looked)  # not the time that Ctrl-Z has stopped all
+        self.steps, self.waited, self.looked = flags[:, 1], np.where(waits, self.waited + passed, 0), now
         if self.waited.max() > STUCK_AFTER:
             owner = flags[self.waited.argmax(), 2]
             raise TimeoutError(f"process {owner} of the engine has not answered for {STUCK_AFTER} seconds")

@@ -15,7 +15,8 @@ from .launch import NUM_PROCESSES
 
 
 class Stop(threading.Event):
-    """Set by SIGINT or SIGTERM in training: the run is saved. Before, or if it comes again, it ends the process."""
+    """Set by SIGINT or SIGTERM in training: the run is saved. Before, or if one comes again, after a tenth of a second, it
+    ends the process."""
 
     training = False
 

@@ -238,7 +238,8 @@ def record(function):
 def check_probe(run):
     """Raises ValueError unless the run's agent has self-referential layers."""
     device = next(run.agent.parameters()).device
-    frame, number = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8, device=device), torch.zeros(1, 1, device=device)
+    frame = torch.zeros(1, 1, *run.script.FRAME_SHAPE, dtype=torch.uint8, device=device)
+    number = torch.zeros(1, 1, device=device)
     with torch.no_grad():
         _, layers = record(lambda: run.agent(frame, number, number.bool(), run.agent.initial_state(1)))
     if not layers:

@@ -40,7 +40,8 @@ class Policy:
         self.device = next(agent.parameters(), torch.zeros(())).device
         cuda, B = self.device.type == "cuda", SLOTS[self.device.type]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-        self.host = (torch.zeros(B, 64, 64, 3, dtype=torch.uint8, pin_memory=cuda), torch.zeros(4, B, pin_memory=cuda))
+        frames = torch.zeros(B, *script.FRAME_SHAPE, dtype=torch.uint8, pin_memory=cuda)
+        self.host = (frames, torch.zeros(4, B, pin_memory=cuda))
         self.inputs = [x.to(self.device) for x in self.host]  # on a CPU, the same tensors
         self.frames, (self.reward, self.begin, self.unroll_begins, self.uniform) = (x.numpy() for x in self.host)
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)

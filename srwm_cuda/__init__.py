@@ -22,11 +22,11 @@ from .cnn import is_impala_cnn
 from .flags import Flags, lock_pages
 from .graphs import capture, compile, record_event, synchronize
 from .kernels import KERNEL_HEAD_SIZES, MAX_COLUMNS
-from .weights import Weights, acting_logits, modes_differ, prepare_optimizer, reset_diverged
+from .weights import Weights, acting_logits, prepare_optimizer, reset_diverged, try_both_modes
 
 __all__ = ["Flags", "Weights", "acting_logits", "capture", "check_heads", "compile", "delta_rule", "impala_cnn",
-           "is_impala_cnn", "lock_pages", "modes_differ", "prepare_optimizer", "record_event", "reference",
-           "register_forward_hook", "reset_diverged", "srwm", "synchronize"]
+           "is_impala_cnn", "lock_pages", "prepare_optimizer", "record_event", "reference",
+           "register_forward_hook", "reset_diverged", "srwm", "synchronize", "try_both_modes"]
 
 _SOURCES = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu", ".cuh"))
 SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart

@@ -1,6 +1,6 @@
 """How a CUDA stream and other processes wait for each other without the thread that started both: flags in shared memory.
 
-    flags = srwm_cuda.Flags(torch.zeros(n, 16, dtype=torch.int32), device)      # the memory may be shared, and is page-locked
+    flags = srwm_cuda.Flags(torch.zeros(n, 16, dtype=torch.int32), device)      # shared memory, which is page-locked
     flags.wait(0)      # the stream goes on when all flags are 0
     flags.set(1)       # and then sets them to 1
 
@@ -42,7 +42,7 @@ class Flags:
         self.addresses = _device_addresses(memory) if self.on_stream else []
 
     def wait(self, value):
-        """Waits until all flags are `value`."""
+        """Waits, or lets the stream wait, until all flags are `value`."""
         if self.on_stream:
             return _queue(self.device, self.addresses, WAIT, value, EQUAL)
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""CUDA streams and graphs, in the three words that a training loop needs. Without a GPU, nobody waits."""
+"""CUDA streams and graphs, in the words that a training loop needs. Until CUDA is used, nobody waits."""
 
 import torch
 

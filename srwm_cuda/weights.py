@@ -1,15 +1,16 @@
-"""Weights on their way from a learner to those that act, and what an optimizer and a state need on that way."""
+"""Weights on their way from a learner to those that act, and helpers of both: states, modes, an optimizer's averages."""
 
 import torch
 
 
 class Weights:
     """The newest parameters and buffers of an agent, in a ring of eight rows on its device. Nobody waits for anybody: a row is
-    whole when it is published, and is written again only eight updates later, so nobody reads half an update.
+    whole when it is published, and is written again only eight updates later. A copy takes a small part of one, so nobody
+    reads half an update.
 
     Attributes:
         version: the number of the newest, from 1 on.
-        newest, row: the same on the device, (1,) int64, and which row has it.
+        newest, slot: the same on the device, (1,) int64, and the number of the row that has it.
     """
 
     def __init__(self, agent):
@@ -18,7 +19,7 @@ class Weights:
         self.sizes = [-(-x.nbytes // 256) * 64 for x in self.tensors] + [64]
         self.ring = self.tensors[0].new_zeros(8, sum(self.sizes), dtype=torch.float32)
         self.rows = [self.views(row, self.tensors) for row in self.ring]
-        self.version, (self.newest, self.row) = 0, self.ring.new_zeros(2, 1, dtype=torch.int64)
+        self.version, (self.newest, self.slot) = 0, self.ring.new_zeros(2, 1, dtype=torch.int64)
         self.publish()
 
     def views(self, row, tensors):
@@ -36,7 +37,7 @@ class Weights:
         torch._foreach_copy_(views, self.tensors)
         version.fill_(self.version)
         self.newest.fill_(self.version)
-        self.row.fill_(self.version % 8)
+        self.slot.fill_(self.version % 8)
 
     @torch.no_grad()
     def restore(self):
@@ -45,7 +46,7 @@ class Weights:
 
     def attach(self, agent):
         """Gives another agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
-        agent.row, tensors = self.ring[0].clone(), [*agent.parameters(), *agent.buffers()]
+        agent.row, tensors = self.ring[self.version % 8].clone(), [*agent.parameters(), *agent.buffers()]
         views, agent.version = self.views(agent.row, tensors)
         for tensor, view in zip(tensors, views):
             tensor.data = view
@@ -53,7 +54,7 @@ class Weights:
     def fetch(self, agent):
         """Gives an attached agent what is the newest when its device comes to it."""
         if agent.row.is_cuda or agent.version.item() != self.version:
-            torch.index_select(self.ring, 0, self.row, out=agent.row.unsqueeze(0))
+            torch.index_select(self.ring, 0, self.slot, out=agent.row.unsqueeze(0))
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def prepare_optimizer(optimizer, saved=None):
         group["lr"] = rate
     for index, parameter in enumerate(parameters):
         before = saved["state"].get(index, {}) if saved else {}
-        for name, average in optimizer.state[parameter].items():
+        for name, average in optimizer.state[parameter].items():  # all tensors, as of a capturable one
             average.copy_(before.get(name, torch.zeros_like(average)))
 
 
@@ -107,10 +108,10 @@ def acting_logits(agent, *inputs):
 
 
 @torch.no_grad()
-def modes_differ(agent, obs, reward, done, state):
+def try_both_modes(agent, obs, reward, done, state):
     """Whether an agent's policy in training is another than in evaluation, as with BatchNorm or dropout.
 
-    It writes to its parameters, buffers and to obs; Weights.restore() brings back the first two.
+    To find out, it writes to parameters, buffers and obs; Weights.restore() brings back the first two.
     """
     obs.random_(0, 256)
     torch._foreach_add_([x.data for x in agent.parameters()], 1e-3)  # or what starts at zero would hide a difference

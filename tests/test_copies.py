@@ -139,7 +139,7 @@ def test_the_policy_that_acts_is_the_one_that_v_trace_compares_with(kind, own_co
     actor, learner, unroll, _ = parts(args, script=script)
     for _ in range(3):
         play(actor, unroll)
-        learner.batch.copy(0, unroll, 0, 6)
+        learner.batch.copy_from(unroll, 0, 6)
         statistics, finite = learner.update(args.learning_rate)
         assert finite and statistics["policy_lag"] == 0
         assert statistics["vtrace/mean_rho"] == pytest.approx(1, abs=1e-4)
@@ -243,7 +243,7 @@ def test_averages_are_of_training_alone(own_copy):
     mean = learner.agent.core.running_mean
     assert (mean == 0).all() and learner.agent.training and not actor.agent.training
     play(actor, unroll)
-    learner.batch.copy(0, unroll, 0, 6)
+    learner.batch.copy_from(unroll, 0, 6)
     learner.batch.reward.fill_(torch.nan)
     assert not learner.update(args.learning_rate)[1] and (mean == 0).all()
     learner.batch.reward.zero_()
@@ -268,3 +268,34 @@ def test_an_episode_begins_without_a_last_reward_in_training_as_in_evaluation():
     with torch.no_grad():
         some, none = (agent(obs, torch.full((1, 2), reward), done, agent.initial_state(2))[0][0] for reward in (1.0, 0.0))
     assert torch.equal(some[0], none[0]) and not torch.equal(some[1], none[1])
+
+
+def test_a_copy_may_stack_frames(own_copy, train, score):
+    """By a wrapper in make_envs and another FRAME_SHAPE: in training and in evaluation."""
+    wrapper = '''
+class Stack:
+    def __init__(self, envs):
+        self.envs, self.act, self.last = envs, envs.act, None
+        self.get_state, self.call_c_func = envs.get_state, envs.call_c_func
+
+    def observe(self):
+        reward, obs, first = self.envs.observe()
+        frames = obs["rgb"].copy()
+        last = frames if self.last is None else np.where(first[:, None, None, None], frames, self.last)
+        self.last = frames
+        return reward, dict(rgb=np.concatenate([last, frames], -1)), first
+
+
+def make_envs('''
+    script = own_copy("FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3)", "FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 6)",
+                      "\ndef make_envs(", wrapper, "    return ProcgenGym3Env(num,", "    return Stack(ProcgenGym3Env(num,",
+                      "num_threads=num_threads,\n                          **options)",
+                      "num_threads=num_threads,\n                          **options))")
+    args = script.Args(cuda=False, bf16=False, num_actors=1, num_envs=6, num_servers=1, unroll_length=20, batch_size=6)
+    actor, _, unroll, _ = parts(args, script=script)
+    play(actor, unroll)
+    same = (unroll.obs[1:, :, :, :, :3] == unroll.obs[:-1, :, :, :, 3:]).flatten(2).all(-1)
+    assert (same | unroll.done[1:]).all() and not (unroll.obs[1:, ..., :3] == unroll.obs[1:, ..., 3:]).all()
+    run = train("--total-steps", 20, script=script)
+    score(run, "--num-levels", 1, "--env", "fruitbot")
+    assert (run / "evaluation_fruitbot_easy_0_1.json").exists()

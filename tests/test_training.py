@@ -46,7 +46,7 @@ def parts(args, games=("maze", "leaper"), script=script):
 
 
 def pool_of(learner, args, episodes, script=script):
-    engine = script.Engine(script.make_envs, args, list(episodes.recent), seed=1)
+    engine = script.Engine(script.make_envs, args, list(episodes.recent), seed=1, frame_shape=script.FRAME_SHAPE)
     return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
 
@@ -146,11 +146,11 @@ def test_environments_play_the_game_of_their_number_and_move_by_their_own_action
 
 def test_a_process_plays_for_several_actors():
     args = script.Args(**ARGS | dict(num_actors=4, num_servers=2))
-    engine = script.Engine(script.make_envs, args, ["maze", "leaper"], seed=1)
+    engine = script.Engine(script.make_envs, args, ["maze", "leaper"], seed=1, frame_shape=script.FRAME_SHAPE)
     assert [block.flags[:, 2].tolist() for block in engine.blocks] == [[0], [1], [0], [1]] and len(engine.workers.pids) == 2
     assert [len(block.flags) for block in engine.blocks] == [1, 1, 1, 1] and engine.next_seed == 5
     small = script.Args(**ARGS | dict(num_envs=2, num_servers=5))
-    one_actor = script.Engine(script.make_envs, small, ["maze", "leaper"], seed=1)
+    one_actor = script.Engine(script.make_envs, small, ["maze", "leaper"], seed=1, frame_shape=script.FRAME_SHAPE)
     assert len(one_actor.workers.pids) == 2  # no process without an environment
 
 
@@ -279,7 +279,7 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
         unroll.reward_scale.copy_(torch.tensor([[0.5, 2.0, 0.1, 1.0]]))
     unroll.version.copy_(torch.randint(40, (20, 4)))
     learner.weights.newest.fill_(50)
-    learner.batch.copy(0, unroll, 0, 4)
+    learner.batch.copy_from(unroll, 0, 4)
     learner.batch.logits += torch.randn(20, 4, 15)
     loss, statistics = learner.loss()
 
@@ -319,7 +319,7 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
     with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
         actor, learner, unroll, _ = parts(script.Args(momentum=momentum, **ARGS | dict(cuda=cuda, bf16=cuda)))
         play(actor, unroll, unrolls=2)
-        learner.batch.copy(0, unroll, 0, 4)
+        learner.batch.copy_from(unroll, 0, 4)
         weights = list(learner.agent.parameters())
         averages = [x for state in learner.optimizer.state.values() for name, x in state.items() if name != "step"]
         assert len(averages) == len(weights) * (2 if momentum else 1)
@@ -369,7 +369,7 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
     args = script.Args(**ARGS | dict(num_envs=4, grad_norm_clipping=1e-3))
     actor, learner, unroll, _ = parts(args)
     play(actor, unroll)
-    learner.batch.copy(0, unroll, 0, 4)
+    learner.batch.copy_from(unroll, 0, 4)
     learner.loss()[0].backward()
     gradients = [parameter.grad.clone() for parameter in learner.agent.parameters()]
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
@@ -529,7 +529,7 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert (valid_args.num_levels, valid_args.start_level, valid_args.num_actors, valid_args.num_envs) == (5, 700, 1, 16)
     learner = script.Learner(script.Agent(args), args)
     before = [parameter.clone() for parameter in learner.agent.parameters()]
-    engine = script.Engine(script.make_envs, valid_args, games, seed=1)
+    engine = script.Engine(script.make_envs, valid_args, games, seed=1, frame_shape=script.FRAME_SHAPE)
     validation = script.Validation(args, script.Episodes(games), learner.weights, engine, 1, script.Stop())
     validation.start()
     unroll = validation.get()
@@ -756,7 +756,7 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
     with torch.cuda.stream(torch.cuda.Stream()):
         actor, learner, unroll, _ = parts(script.Args(carry_state=carry_state, **ARGS | dict(cuda=True)))
         play(actor, unroll, unrolls=3)
-        learner.batch.copy(0, unroll, 0, 4)
+        learner.batch.copy_from(unroll, 0, 4)
         exact = [parameter.detach().clone() for parameter in learner.agent.parameters()]
         statistics, finite = learner.update(6e-4)
     assert all((part.abs().max() > 0) == carry_state for part in unroll.state)
