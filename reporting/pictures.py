@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 
 import srwm_cuda
 from reporting.playing import FPS, Game
+from reporting.runs import Split
 
-SECONDS = 30  # of a film
+SECONDS, STILL = 30, 2 * FPS  # of a film; pictures without a change that end an episode in it
+TRIED_AT_ONCE = 5  # levels of each game that are played ahead of a film
 HUMAN = 512  # pixels, width and height of a picture for people
 SIZES = {".mp4": (512, 32), ".gif": (128, 16)}  # pixels that a game takes in a film, and of the line above it
 GIF_EVERY, GIF_BYTES = 3, 3_000_000  # which of the pictures it shows; the most that it may have
@@ -66,12 +69,62 @@ def find_ffmpeg():
     return shutil.which("ffmpeg") or (bundled[0] if bundled else None)
 
 
+class Scene(Game):
+    """A game that plays these levels. An episode in which nothing has moved for two seconds is over."""
+
+    def __init__(self, name, levels, policy, slot, **options):
+        self.levels = iter(levels)
+        super().__init__(name, None, policy, slot, **options)
+
+    def begin(self):
+        self.split, self.number, self.still, self.solved = Split(next(self.levels), 1, "test"), -1, 0, False
+        super().begin()
+
+    def step(self, actions):
+        before = self.frame.copy()
+        reward = super().step(actions)
+        if self.ended:
+            self.solved = bool(self.env.get_info()[0].get("prev_level_complete"))
+        self.still = 0 if (self.frame != before).any() else self.still + 1
+        self.ended = self.ended or self.still == STILL
+        return reward
+
+
+def choose_levels(run, policy):
+    """{game: levels} for a film: of as many of the split as the agent can play in the time of the film, five at once,
+    those that it solves; if there are none, those that it has not ended, or else all."""
+    split = run.splits[0]
+    each = max(1, min(TRIED_AT_ONCE, len(policy.step) // len(run.games), split.count))
+    todo = {name: iter(range(split.first, split.first + split.count)) for name in run.games}
+    scenes = [Scene(name, todo[name], policy, slot) for slot, name in enumerate(run.games * each)]
+    solved, other = ({name: [] for name in run.games} for _ in range(2))
+    for _ in range(FPS * SECONDS):
+        actions = policy.act()
+        for scene in list(scenes):
+            scene.step(actions)
+            if scene.ended:
+                (solved if scene.solved else other)[scene.name].append(scene.level)
+                try:
+                    scene.begin()
+                except StopIteration:
+                    scenes.remove(scene)
+    shown = {}
+    for name in run.games:
+        left = [scene.level for scene in scenes if scene.name == name]
+        shown[name] = sorted(solved[name] or left or other[name])
+        what = "them" if solved[name] else "some that took longer than the film" if left else "all"
+        tried = len(solved[name] + other[name] + left)
+        print(f"{name}: tried {tried} levels, solved {len(solved[name])}; the film shows {what}", file=sys.stderr)
+    return shown
+
+
 def film(run, policy, target):
     """Writes half a minute in which the agent plays all games side by side, level after level."""
     from PIL import Image, ImageDraw, ImageFont
 
     torch.set_num_threads(1)  # as when the agent is scored, so that these are the same episodes
-    games = [Game(name, run.splits[0], policy, slot, render_mode="rgb_array")
+    levels = choose_levels(run, policy)
+    games = [Scene(name, itertools.cycle(levels[name]), policy, slot, render_mode="rgb_array")
              for slot, name in enumerate(run.games)]
     tile, caption = SIZES[target.suffix]
     font, columns = ImageFont.load_default(caption * 5 // 8), math.ceil(math.sqrt(len(games)))
@@ -83,8 +136,11 @@ def film(run, policy, target):
             draw = ImageDraw.Draw(sheet)
             for game in games:
                 x, y = game.slot % columns * tile, game.slot // columns * (tile + caption)
+                words = f"{game.name} {game.level}"
+                if game.ended:
+                    words = "solved" if game.solved else "not solved"
                 color, middle = "#ffd166" if game.ended else "#ffffff", y + caption // 2
-                draw.text((x + caption // 4, middle), f"{game.name} {game.level}", color, font, "lm")
+                draw.text((x + caption // 4, middle), words, color, font, "lm")
                 draw.text((x + tile - caption // 4, middle), f"return {game.total:g}", color, font, "rm")
                 sheet.paste(Image.fromarray(game.picture).reduce(HUMAN // tile), (x, y + caption))
             yield sheet

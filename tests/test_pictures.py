@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 
+import evaluate
 import impala_procgen_lstm
 import impala_procgen_sr_delta
 import impala_procgen_srwm as script
@@ -53,6 +54,51 @@ def test_a_gif_has_as_many_colors_as_its_bytes_allow(tmp_path, monkeypatch):
         with Image.open(tmp_path / "out.gif") as film:
             assert (film.n_frames, len(film.convert("RGB").getcolors())) == (10, expected)
         assert (tmp_path / "out.gif").stat().st_size <= most
+
+
+@pytest.fixture
+def mazes(few_slots, monkeypatch):
+    """A run that solves maze 1000 in three steps and stands before a wall in maze 1001, its policy, and a short film."""
+    monkeypatch.setattr(pictures, "SECONDS", 4)
+    run = runs.load_run(ROOT / "pretrained/srwm.pt", evaluate.Args(cuda=False, bf16=False, env=("maze",)))
+    return run, playing.Policy(run.script, run.agent, run.args, greedy=True, seed=1)
+
+
+@pytest.mark.parametrize("first, count, shown, said", [
+    (1000, 2, [1000], "maze: tried 2 levels, solved 1; the film shows them"),
+    (1001, 1, [1001], "maze: tried 1 levels, solved 0; the film shows all")])
+def test_a_film_shows_levels_that_are_solved_and_says_of_how_many(first, count, shown, said, mazes, capsys):
+    run, policy = mazes
+    run.splits = [runs.Split(first, count, "test")]
+    assert pictures.choose_levels(run, policy) == {"maze": shown}
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_a_game_whose_levels_last_longer_than_the_film_shows_those_that_have_not_ended(mazes, monkeypatch):
+    run, policy = mazes
+    monkeypatch.setattr(pictures, "SECONDS", 1)
+    run.splits = [runs.Split(1001, 3, "test")]
+    assert pictures.choose_levels(run, policy) == {"maze": [1001, 1002, 1003]}
+
+
+@pytest.mark.parametrize("level, words", [(1000, "solved"), (1001, "not solved")])
+def test_a_film_says_whether_a_level_was_solved(level, words, mazes, monkeypatch, tmp_path):
+    run, policy = mazes
+    run.splits, said, text = [runs.Split(level, 1, "test")], [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
+                        lambda draw, place, words, *rest: said.append(words) or text(draw, place, words, *rest))
+    pictures.film(run, policy, tmp_path / "out.gif")
+    left = said[::2]
+    assert left[0] == f"maze {level}" and set(left[1:]) == {f"maze {level}", words}
+
+
+def test_an_episode_in_which_nothing_moves_for_two_seconds_is_over_in_a_film(mazes):
+    _, policy = mazes
+    scene, frames = pictures.Scene("maze", [1001], policy, 0), []
+    while not scene.ended:
+        scene.step(policy.act())
+        frames.append(scene.frame.tobytes())
+    assert not scene.solved and len(set(frames[-31:])) == 1 and frames[-32] != frames[-31]
 
 
 @pytest.mark.slow
