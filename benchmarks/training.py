@@ -57,6 +57,7 @@ def settings(which, script):
     runs += [(f"batch of {n}", f"--batch-size {n}", cores) for n in (16, 64, 96)]
     runs += [(f"heads of {128 // n}", f"--num-head {n}", cores) for n in (16, 4, 2)]
     runs += [("float32", "--bf16 False", cores), ("validation", "--valid-num-levels 200", cores)]
+    runs += [("no graphs", "--no-cuda-graphs", cores)] * torch.cuda.is_available()
     return [(name, f"{script} {words}", cores, 1) for name, words, cores in runs]
 
 

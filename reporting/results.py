@@ -24,7 +24,7 @@ import tyro
 if not __package__:  # started by its path, in whatever folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
-from reporting import pictures, playing, tables  # noqa: E402
+from reporting import page, pictures, playing, tables  # noqa: E402
 from reporting.runs import (  # noqa: E402
     Choice,
     Split,
@@ -72,17 +72,17 @@ def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
         raise ValueError("runs must be named: folders of runs that evaluate.py has scored")
     loaded = [load(run) for run in runs]  # all of them, before anything is written
     for run, (checkpoint, records) in zip(runs, loaded):
-        kept = RESULTS / run.resolve().name
-        kept.mkdir(parents=True, exist_ok=True)
-        for old in kept.glob("evaluation_*.json"):
+        folder = RESULTS / run.resolve().name
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("evaluation_*.json"):
             old.unlink()
-        typed = commands(checkpoint, import_script(checkpoint["script"]), kept.name)
+        typed = commands(checkpoint, import_script(checkpoint["script"]), folder.name)
         arguments = {name: with_history(checkpoint)[name] for name in ("script", "step", "args", "history", "before")}
-        write_json(kept / "arguments.json", dict(commands=typed) | arguments)
+        write_json(folder / "arguments.json", dict(commands=typed) | arguments)
         for name, record in records.items():
-            write_json(kept / name, record)
-        write_curve(kept / "curve.csv", pictures.curves(run))
-        print(f"{run}: {kept}")
+            write_json(folder / name, record)
+        write_curve(folder / "curve.csv", pictures.curves(run))
+        print(f"{run}: {folder}")
 
 
 def write_json(path, content):
@@ -126,14 +126,14 @@ def disjoint(splits):
 
 def tables_of(folders):
     """The runs that are kept in these folders, {what was played: [Scored]}: those that fit into one table."""
-    same = {code: group["codes"][0] for group in same_versions() for code in group["codes"]}
+    same = {code: group["codes"][0] for group in kept("versions.json", []) for code in group["codes"]}
     found = {}
     for folder in folders:
         by_setting = {}
         for path in sorted(folder.glob("evaluation_*.json")):
             record = read_record(path)
             record["code"] = same.get(record["code"], record["code"])
-            actions = "greedy" if record["greedy"] else f"sampled {record['action_seed']}"
+            actions = "greedy" if record["greedy"] else f"sampled_{record['action_seed']}"
             setting = (record["distribution_mode"], actions, tuple(record["games"]), record["bf16"])
             by_setting.setdefault(setting, []).append((record["start_level"], record["num_levels"], path, record))
         for setting, splits in by_setting.items():
@@ -141,7 +141,7 @@ def tables_of(folders):
             levels = tuple((first, count) for first, count, *_ in splits)
             found.setdefault((*setting, levels), []).append((folder, [record for *_, record in splits]))
     for setting, runs in found.items():
-        names = tables.name_models([records[0] for _, records in runs])
+        names = tables.name_agents([records[0] for _, records in runs], kept("recipes.json", {}))
         scored = [Scored(*run, name) for run, name in zip(runs, names)]
         found[setting], repeated = tables.one_of_each_seed(scored, [records[0] for _, records in runs])
         for run in repeated:
@@ -150,10 +150,12 @@ def tables_of(folders):
     return found
 
 
-def same_versions():
-    """The versions of scripts that count as one: [{"codes": [...], "why": ...}], which somebody has compared."""
-    path = RESULTS / "versions.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+def kept(name, default):
+    """What somebody has written into a file of results/, if it is there. versions.json: versions of scripts that count
+    as one, [{"codes": [...], "why": ...}]; recipes.json: sets of flags that have a name, {name: flags}; published.json:
+    agents of others, to compare with."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else default
 
 
 def best_first(runs):
@@ -167,32 +169,34 @@ def best_first(runs):
 
 
 def report():
-    """Makes tables and plots of all that is kept in results/: README.md there, and a picture for each table."""
+    """Makes tables and plots of all that is kept in results/: README.md there, pictures, and files of all numbers."""
     pictures.check_packages("report", "matplotlib")
     found = tables_of(sorted(path for path in RESULTS.glob("*") if path.is_dir()))
     if not found:
         raise ValueError(f"{RESULTS}/ holds no scores: python -m reporting.results add runs/NAME")
-    page, plots = RESULTS / "README.md", []
-    parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. Each run's command "
-             "line is in its `arguments.json`."]
-    parts += [f"Versions {' and '.join(group['codes'])} of a script count as one: {group['why']}"
-              for group in same_versions()]
-    for mode, actions, *rest in sorted(found, key=lambda setting: -len(found[setting])):
-        runs = best_first(found[mode, actions, *rest])
-        rows, picture = tables.tabulate(runs), RESULTS / f"{mode}_{actions.replace(' ', '_')}.png"
-        if same := sum(part.startswith(f"## {mode}") and part.endswith(f"{actions} actions") for part in parts):
-            picture = picture.with_stem(f"{picture.stem}_{same + 1}")  # of other games or levels
-        plots.append((runs, rows, [read_curve(run.path / "curve.csv") for run in runs], picture))
-        games = ", ".join(runs[0].records[0]["games"])
-        parts += [f"## {mode}: {games}; {actions} actions", tables.markdown(runs, rows),
-                  f"![learning curves and scores]({picture.name})"]
-    before = re.findall(r"^!\[.*\]\((.+)\)$", page.read_text(), re.MULTILINE) if page.is_file() else []
+    target, sections, plots = RESULTS / "README.md", [], []
+    for mode, actions, games, *rest in sorted(found, key=lambda setting: -len(found[setting])):
+        runs = best_first(found[mode, actions, games, *rest])
+        stem = f"{mode}_{actions}"
+        if same := sum(section.stem.startswith(stem) for section in sections):
+            stem += f"_{same + 1}"  # of other games or levels
+        other = next((agent for agent in kept("published.json", []) if agent["distribution_mode"] == mode
+                      and set(agent["return"]) == set(games)), None)
+        sections.append(page.Section(stem, runs, tables.tabulate(runs), other))
+        curves = {run.path: read_curve(run.path / "curve.csv") for run in runs}
+        for picture, models in sections[-1].pictures().items():
+            shown = [run for run in runs if run.model in models]
+            plots.append((shown, [row for row in sections[-1].rows if row["model"] in models],
+                          [curves[run.path] for run in shown], RESULTS / picture, other))
+    before = re.findall(r"\]\((\w+\.(?:png|csv))\)", target.read_text()) if target.is_file() else []
     for name in before:  # now that all could be read
         (RESULTS / name).unlink(missing_ok=True)
     for plot in plots:
         pictures.plot(*plot)
-    page.write_text("\n\n".join(parts) + "\n")
-    print(page)
+    for section in sections:
+        (RESULTS / f"{section.stem}.csv").write_text(section.numbers())
+    target.write_text(page.write(sections, kept("recipes.json", {}), kept("versions.json", [])))
+    print(target)
 
 
 def release(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]):

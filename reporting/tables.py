@@ -36,6 +36,7 @@ MARKS = dict(clear="**", plausible="*", open="")
 # Flags in which runs of one model may differ; `games` and `init_from` stand in their records, readable.
 MANAGING = {"exp_name", "seed", "track", "profile", "cuda_graphs", "env", "multi_env", "init_from", "num_actors",
             "num_envs", "num_servers"}
+ELSEWHERE = ("total_steps", "distribution_mode", "num_levels", "start_level")  # what a page of results says by itself
 MANAGING_PREFIXES = ("wandb_", "log_", "save_", "valid_")
 UNKNOWN = dict(code="code unknown", srwm_cuda="srwm_cuda unknown", processes="1 process")  # where nothing is said
 
@@ -102,9 +103,9 @@ def number_of(record):
     return zlib.crc32(" ".join([record["script"], *features(record).values()]).encode())
 
 
-def name_models(records):
+def name_models(records, everything=False):
     """A name for the model of each run, given one of its records: the script, and what not all runs of the script
-    share. Runs that differ in nothing but their seed have one name."""
+    share. Runs that differ in nothing but their seed have one name. everything: flags are said, too, that all share."""
     scripts, names = {record["script"]: Path(record["script"]).stem for record in records}, []
     short = {script: stem.removeprefix("impala_procgen_") for script, stem in scripts.items()}
     if len(set(short.values())) == len(short):
@@ -112,9 +113,43 @@ def name_models(records):
     for record in records:
         others = [features(other) for other in records if other["script"] == record["script"]]
         differs = [words for name, words in features(record).items()  # code of weights to begin with, if two had some
-                   if any(other.get(name, words if name == "init_from_code" else None) != words for other in others)]
+                   if everything and name not in ("games", "code", "srwm_cuda", "init_from_code")
+                   or any(other.get(name, words if name == "init_from_code" else None) != words for other in others)]
         names.append(" ".join([scripts[record["script"]], *differs]))
     return names
+
+
+def name_agents(records, recipes=None):
+    """Names for a table that says the steps and levels of training elsewhere: the script, and all that differs from its
+    defaults, which are the paper's settings. Steps and levels are said only where agents differ in nothing else.
+    recipes: {name: flags}, sets of flags that have a name."""
+    recipes = {name: set(re.split(" (?=--)", flags)) for name, flags in (recipes or {}).items()}
+    known, names = [], []
+    for record in records:
+        parts = [record, *record.get("parts", ())]
+        own = next((name for name, flags in recipes.items()
+                    if all(flags <= set(part["flags"].values()) for part in parts)), None)
+        known.append((own, without(record, recipes.get(own, ()))))
+    for shorten in (True, False):
+        shown = [record for _, record in known]
+        for flag in ELSEWHERE * shorten:
+            shown = [without(record, [record["flags"].get(flag)]) for record in shown]
+        long = [name.split(" ", 1) for name in name_models(shown, everything=True)]
+        names.append([" ".join([f"{script}, {own}" if own else script, *rest])
+                      for (own, _), (script, *rest) in zip(known, long)])
+    agents = {name: {number_of(record) for record, its in zip(records, names[0]) if its == name} for name in names[0]}
+    return [short if len(agents[short]) == 1 else long for short, long in zip(*names)]
+
+
+def without(record, flags):
+    """A record whose run, in all its parts, was started without these flags."""
+    def rest(part):
+        return part | dict(flags={name: words for name, words in part["flags"].items() if words not in flags})
+
+    parts = [record, *record.get("parts", ())]
+    if not all(set(flags) <= set(part["flags"].values()) for part in parts):
+        return record
+    return rest(record) | dict(parts=[rest(part) for part in parts[1:]])
 
 
 def one_of_each_seed(runs, records):
@@ -319,7 +354,8 @@ def cells(rows):
     label = labels([row["model"] for row in rows])
     found = {(row["game"], row["measure"], row["model"], row["split"]): row for row in rows if not row["minus"]}
     columns = [column for column in COLUMNS if any(row["split"] == column for row in rows)]
-    games = [["game", "model", "seeds", *columns, "normalized"]]
+    has_range = any(row["measure"] == "normalized" for row in rows)
+    games = [["game", "model", "seeds", *columns, *["normalized"] * has_range]]
     aggregated = [["all games", "model", "seeds", *columns]]
     names = [dict.fromkeys(row[name] for row in rows) for name in ("game", "measure", "model")]
     for game, measure, model in itertools.product(*names):
@@ -332,7 +368,8 @@ def cells(rows):
         elif measure == "return":
             plain = [found.get((game, "normalized", model, column)) for column in columns]
             normalized = " / ".join("-" if row is None else f"{row['value']:.3f}" for row in plain)
-            games.append([game, label[model], seeds, *(cell(row, 2) for row in entry.values()), normalized])
+            games.append([game, label[model], seeds, *(cell(row, 2) for row in entry.values()),
+                          *[normalized] * has_range])
     pairs = {}
     for row in rows:
         if row["minus"]:

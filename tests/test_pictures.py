@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 
+import evaluate
 import impala_procgen_lstm
 import impala_procgen_sr_delta
 import impala_procgen_srwm as script
@@ -53,6 +54,51 @@ def test_a_gif_has_as_many_colors_as_its_bytes_allow(tmp_path, monkeypatch):
         with Image.open(tmp_path / "out.gif") as film:
             assert (film.n_frames, len(film.convert("RGB").getcolors())) == (10, expected)
         assert (tmp_path / "out.gif").stat().st_size <= most
+
+
+@pytest.fixture
+def mazes(few_slots, monkeypatch):
+    """A run that solves maze 1000 in three steps and stands before a wall in maze 1001, its policy, and a short film."""
+    monkeypatch.setattr(pictures, "SECONDS", 4)
+    run = runs.load_run(ROOT / "pretrained/srwm.pt", evaluate.Args(cuda=False, bf16=False, env=("maze",)))
+    return run, playing.Policy(run.script, run.agent, run.args, greedy=True, seed=1)
+
+
+@pytest.mark.parametrize("first, count, shown, said", [
+    (1000, 2, [1000], "maze: tried 2 levels, solved 1; the film shows them"),
+    (1001, 1, [1001], "maze: tried 1 levels, solved 0; the film shows all")])
+def test_a_film_shows_levels_that_are_solved_and_says_of_how_many(first, count, shown, said, mazes, capsys):
+    run, policy = mazes
+    run.splits = [runs.Split(first, count, "test")]
+    assert pictures.choose_levels(run, policy) == {"maze": shown}
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_a_game_whose_levels_last_longer_than_the_film_shows_those_that_have_not_ended(mazes, monkeypatch):
+    run, policy = mazes
+    monkeypatch.setattr(pictures, "SECONDS", 1)
+    run.splits = [runs.Split(1001, 3, "test")]
+    assert pictures.choose_levels(run, policy) == {"maze": [1001, 1002, 1003]}
+
+
+@pytest.mark.parametrize("level, words", [(1000, "solved"), (1001, "not solved")])
+def test_a_film_says_whether_a_level_was_solved(level, words, mazes, monkeypatch, tmp_path):
+    run, policy = mazes
+    run.splits, said, text = [runs.Split(level, 1, "test")], [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
+                        lambda draw, place, words, *rest: said.append(words) or text(draw, place, words, *rest))
+    pictures.film(run, policy, tmp_path / "out.gif")
+    left = said[::2]
+    assert left[0] == f"maze {level}" and set(left[1:]) == {f"maze {level}", words}
+
+
+def test_an_episode_in_which_nothing_moves_for_two_seconds_is_over_in_a_film(mazes):
+    _, policy = mazes
+    scene, frames = pictures.Scene("maze", [1001], policy, 0), []
+    while not scene.ended:
+        scene.step(policy.act())
+        frames.append(scene.frame.tobytes())
+    assert not scene.solved and len(set(frames[-31:])) == 1 and frames[-32] != frames[-31]
 
 
 @pytest.mark.slow
@@ -152,12 +198,46 @@ def test_many_models_with_odd_names_are_told_apart(tmp_path, drawn, monkeypatch)
     pictures.plot(runs, rows, [{"return/mean": np.array([[0, 1], [0, 1]])}] * 12, tmp_path / "plot.png")
     texts = [text.get_text() for text in legends[0].get_texts()]
     assert len(set(texts)) == 12 and max(len(line) for text in texts for line in text.splitlines()) < 180
-    assert len({tuple(line.get_color()) for line in drawn[0].lines}) == 12
+    assert len({(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in drawn[0].lines}) == 12
+
+
+def seen_by_deuteranopes(color):
+    """CIELAB of a color as the model of Machado et al. 2009 has it without the second kind of cones."""
+    value = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    seen = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]]) @ linear
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen.clip(0, 1)
+    x, y, z = np.cbrt(xyz / (0.9505, 1, 1.089)) * 116  # of colors that are not very dark
+    return np.array([y - 16, 500 * (x - y) / 116, 200 * (y - z) / 116])
+
+
+def test_eyes_that_confuse_red_and_green_tell_the_agents_apart():
+    """By colors that differ by more than 15 (2 can be seen side by side), and by markers."""
+    seen = [seen_by_deuteranopes(color) for color in pictures.COLORS]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 15
+    assert np.linalg.norm(seen_by_deuteranopes("#d62728") - seen_by_deuteranopes("#8c7a1a")) < 15  # red, olive
+    assert len({look["marker"] for look in pictures.styles(pictures.AGENTS).values()}) == len(pictures.AGENTS) == 8
+
+
+def test_an_agent_keeps_its_color_whatever_stands_beside_it():
+    def color(name, *models):
+        return pictures.styles(models)[name]["color"]
+
+    assert color("lstm", "lstm") == color("lstm", "srwm", "mine", "lstm")
+    assert color("mine --x 1", "mine --x 1") == color("mine --x 1", *pictures.AGENTS, "other", "mine --x 1")
+    assert color("srwm, recipe", "srwm, recipe") == color("srwm", "srwm")
+    assert color("ff --total-steps 100M", "ff --total-steps 100M") == color("ff", "ff")
+
+
+def test_agents_of_one_color_differ_in_line_and_marker():
+    first, second = pictures.styles(["srwm", "srwm, recipe"]).values()
+    assert first["color"] == second["color"]
+    assert first["linestyle"] != second["linestyle"] and first["marker"] != second["marker"]
 
 
 @needs_matplotlib
 def test_each_game_has_its_curve_and_its_scores_on_one_scale(tmp_path, drawn, monkeypatch):
-    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
     scores, legends, draw_scores, legend = [], [], pictures.draw_scores, Figure.legend
@@ -178,25 +258,59 @@ def test_each_game_has_its_curve_and_its_scores_on_one_scale(tmp_path, drawn, mo
     assert all(left.get_shared_y_axes().joined(left, right) for left, right in zip(drawn, scores, strict=True))
     x = [float(bar.lines[0].get_xdata()[0]) for bar in scores[0].containers]
     assert x == sorted(set(x))
-    named = [(text.get_text(), to_hex(handle.get_edgecolor()[0]))
-             for text, handle in zip(legends[0].get_texts(), legends[0].legend_handles, strict=True)]
-    assert named == list(zip(models, pictures.COLORS)) and len(drawn[0].lines) == 9
-    thin, *_, mean = drawn[0].lines[:3]
-    assert thin.get_linewidth() < mean.get_linewidth() and max(mean.get_ydata()) == pytest.approx(1)  # of five values
+    named = {text.get_text(): handle.get_color()
+             for text, handle in zip(legends[0].get_texts(), legends[0].legend_handles, strict=True)}
+    assert named == {model: look["color"] for model, look in pictures.styles(models).items()}
+    assert [label.get_text() for label in scores[0].get_xticklabels()] == models
+    assert len(drawn[0].lines) == 3 and max(drawn[0].lines[0].get_ydata()) == pytest.approx(1)  # of five values
 
 
 @needs_matplotlib
-def test_scores_are_points_of_their_models_the_paler_the_more_was_trained_on():
+def test_several_seeds_are_a_band_around_their_mean():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    found = [("lstm", {"return/maze": np.array([[0, 1e6], [low, low + 1]])}) for low in (1.0, 3.0, 8.0)]
+    pictures.draw_curves(axis, found, "return/maze", pictures.styles(["lstm"]))
+    (mean,), (band,) = axis.lines, axis.collections
+    assert mean.get_ydata().tolist() == [4, 5]
+    ends = band.get_paths()[0].vertices
+    assert {(x, y) for x, y in ends} == {(0, 1), (0, 8), (1, 2), (1, 9)}
+
+
+@needs_matplotlib
+def test_another_s_published_agent_is_a_line_after_the_most_steps_that_the_runs_have(tmp_path, drawn, monkeypatch):
+    scores, legends, draw_scores = [], [], pictures.draw_scores
+    from matplotlib.figure import Figure
+    legend = Figure.legend
+    monkeypatch.setattr(pictures, "draw_scores", lambda axis, *rest: scores.append(axis) or draw_scores(axis, *rest))
+    monkeypatch.setattr(Figure, "legend", lambda figure, *words, **options: legends.append(legend(figure, *words, **options)))
+    run = SimpleNamespace(model="lstm", records=[dict(games={"maze": None}, step=20)])
+    rows = [dict(game=game, measure=measure, model="lstm", split="test", value=1.0, low=0.0, high=2.0)
+            for game in ("maze", "all") for measure in ("return", "normalized")]
+    curve = {tag: np.array([[0, 20], [0, 1]]) for tag in ("normalized_return/mean", "return/maze")}
+    other = {"name": "PPO", "steps": [10, 20, 30], "normalized_return": {"mean": dict(train=[2, 3, 4], test=[1, 1.5, 2])},
+             "return": {"maze": dict(train=[20, 30, 40], test=[10, 15, 20])}}
+    pictures.plot([run], rows, [curve], tmp_path / "plot.png", other)
+    for left, right, scale in zip(drawn, scores, (1, 10), strict=True):
+        assert left.lines[-1].get_ydata().tolist() == [2 * scale, 3 * scale, 4 * scale]
+        assert left.get_xlim()[1] < 30e-6
+        assert [line.get_ydata()[0] for line in right.lines if len(line.get_xdata()) == 2][-2:] == [3 * scale, 1.5 * scale]
+    assert "PPO (published; beside the curves, after 2e-05 M steps)" in [text.get_text() for text in legends[0].get_texts()]
+
+
+@needs_matplotlib
+def test_scores_are_points_of_their_models_hollow_on_training_levels():
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
     rows = [dict(model=model, split=split, value=value, low=value - 1, high=value + 2) for model, split, value in (
         ("a", "train", 5.0), ("a", "test", 3.0), ("a", "gap", 2.0), ("b", "train", 7.0), ("b", "test", 4.0))]
-    pictures.draw_scores(axis, rows, {"a": "red", "b": "blue"})
-    points = [(bar.lines[0].get_color(), bar.lines[0].get_alpha(), *bar.lines[0].get_ydata()) for bar in axis.containers]
-    assert points == [("red", 0.4, 5), ("red", 1, 3), ("blue", 0.4, 7), ("blue", 1, 4)]
+    pictures.draw_scores(axis, rows, {"a": dict(color="red", marker="o"), "b": dict(color="blue", marker="s")})
+    points = [(line.get_color(), line.get_marker(), line.get_fillstyle(), *line.get_ydata())
+              for line in (bar.lines[0] for bar in axis.containers)]
+    assert points == [("red", "o", "none", 5), ("red", "o", "full", 3), ("blue", "s", "none", 7), ("blue", "s", "full", 4)]
     assert [bar.lines[2][0].get_segments()[0][:, 1].tolist() for bar in axis.containers][:2] == [[4, 7], [2, 5]]
-    assert axis.get_legend_handles_labels()[1] == ["a", "b"]
     x = [bar.lines[0].get_xdata()[0] for bar in axis.containers]
     assert x == sorted(set(x))
 
@@ -223,7 +337,7 @@ def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, dra
     score(*runs, "--splits", "0", "1000", "--num-levels", 1, "--plot", "plot.png")
     assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 10
     lines = [(line.get_linestyle(), list(line.get_ydata())) for line in drawn[0].lines]
-    assert lines == [("-", [0, 1, 2])] * 3 + [("--", [0, 1, 2])] * 3  # two seeds and their mean
+    assert lines == [("-", [0, 1, 2]), (":", [0, 1, 2])] and "dotted: validation" in drawn[0].get_title("left")
     (text,) = drawn[2].texts
     assert text.get_text() == "no return/fruitbot in TensorBoard files\nbeside the checkpoint"
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import operator
 import re
 import runpy
@@ -23,6 +24,7 @@ import torch
 import torch.distributed.run
 import tyro
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import apply
 
 import evaluate
@@ -66,7 +68,7 @@ def split(line):
 
 
 def is_command(span):
-    return re.match(r"(python|torchrun|pip|tensorboard|diff|apt) |[\w/]+\.py ", span)
+    return re.match(r"(python|torchrun|pip|tensorboard|diff|apt|docker) |[\w/]+\.py ", span)
 
 
 def is_path(span):
@@ -106,6 +108,10 @@ def execute(words):
         if words[2:]:
             sys.argv[:] = words[1:] + ["--collect-only"] * (words[1] == "pytest")  # it must find some, and run none
             runpy.run_module(words[1], run_name="__main__")
+    elif program == "docker":
+        assert Path("Dockerfile").is_file()
+        if "python" in words:  # what a container runs
+            execute(words[words.index("python"):])
     elif program == "python":
         assert Path(words[0]).is_file(), f"there is no {words[0]}"
         if words[1:]:
@@ -272,6 +278,60 @@ def test_a_code_block_says_what_it_is(document):
 def test_lines_are_short_and_the_readme_is_too(document):
     lines = read(document).splitlines()
     assert max(map(len, lines)) <= 120 and (len(lines) <= 220 or document != "README.md")
+
+
+def test_the_container_has_what_the_readme_says_is_needed_and_its_command_is_accepted(follow):
+    text = (ROOT / "Dockerfile").read_text()
+    (needed,) = [span.split()[2:] for span in spans("README.md") if span.startswith("apt install")]
+    assert set(needed) <= set(text.split()) and "pip install --no-cache-dir -r requirements.txt" in text
+    (command,) = re.findall(r"^CMD (.*)$", text, re.MULTILINE)
+    assert follow(json.loads(command)) is None and len(text.splitlines()) <= 10
+
+
+def test_the_lines_of_python_that_load_an_agent_and_let_it_act_do_so(project, monkeypatch):
+    monkeypatch.chdir(project)
+    (text,) = [text for language, text in blocks("docs/evaluation.md") if language == "python"]
+    names = {}
+    exec(compile(text, "docs/evaluation.md", "exec"), names)
+    assert names["total"] >= 10  # at least one crossing
+
+
+@pytest.mark.slow
+def test_the_notebook_plays_a_level_and_draws_what_the_matrices_do(tmp_path, few_slots, monkeypatch):
+    pytest.importorskip("matplotlib")
+    cells = json.loads((ROOT / "notebooks/srwm.ipynb").read_text())["cells"]
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names, code = {}, ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for text in code:
+        exec(compile(text, "notebooks/srwm.ipynb", "exec"), names)
+    assert len(code) == 5 and len(names["frames"]) == len(names["rewards"]) > 100 and sum(names["rewards"]) > 10
+    assert Image.open("out.png").size[0] > 1000
+    assert sum(names["without"]) != 0 and not any(cell.get("outputs") for cell in cells)
+
+
+@pytest.mark.slow
+def test_every_tag_of_a_run_is_explained(command, tmp_path):
+    words = "--num-actors 1 --num-envs 4 --unroll-length 20 --batch-size 4 --log-interval 0 --valid-num-levels 2"
+    command(impala_procgen_srwm, "--no-cuda", "--env", "leaper", "--total-steps", 800, *words.split())
+    (run,) = tmp_path.glob("runs/*")
+    accumulator = EventAccumulator(str(run)).Reload()
+    tags = {tag.replace("leaper", "GAME") for tag in accumulator.Tags()["scalars"]}
+    assert {"return/GAME", "valid_return/GAME", "SPS"} <= tags
+    explained = {span for line in read("docs/training.md").splitlines() if line.startswith("| `")
+                 for span in re.findall("`([^`]+)`", line)}
+    assert {tag.removeprefix("valid_") for tag in tags} <= explained
+
+
+def test_what_differs_from_the_paper_is_numbered_and_names_the_code():
+    (part,) = re.findall(r"^## Details that differ.*?(?=^## )", read("docs/differences.md"), re.MULTILINE | re.DOTALL)
+    details = re.split(r"^\d+\. ", part, flags=re.MULTILINE)[1:]
+    numbers = list(map(int, re.findall(r"^(\d+)\. ", part, re.MULTILINE)))
+    named = [re.findall(r"`(\w+)`", detail) for detail in details]
+    assert numbers == list(range(1, len(details) + 1)) and sum(map(bool, named)) >= len(details) - 1
+    assert all(hasattr(impala_procgen_srwm, name) for names in named for name in names)
 
 
 def test_the_film_moves_and_is_small():

@@ -1,5 +1,6 @@
 """What is kept of finished runs, the tables and plots of it, and agents to play with."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -16,9 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
 import impala_procgen_srwm
-from reporting import playing, results, runs
+from reporting import page, playing, results, runs, tables
 
 ROOT = Path(__file__).parent.parent
+AGENT = "srwm --unroll-length 5 --batch-size 4"  # as the report calls the agent that is trained here
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
@@ -99,15 +101,109 @@ def test_a_curve_of_which_thinning_left_nothing_is_none(tmp_path):
     assert list(results.read_curve(tmp_path / "curve.csv")) == ["return/maze"]
 
 
+def tables_on(page):
+    """Its tables, as lists of lists of words."""
+    found = [[]]
+    for line in page.splitlines():
+        if line.startswith("|"):
+            found[-1].append([word.strip() for word in line.strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [[head, *body] for head, rule, *body in filter(None, found)]
+
+
 @needs_matplotlib
-def test_the_report_s_table_is_that_of_evaluate_py(scored, score, command, capsys):
+def test_the_report_s_numbers_are_those_of_evaluate_py(scored, score, command, capsys):
     score(scored, "--splits", "train", "1000", "--num-levels", 1, "--format", "markdown")
-    expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    games, every = tables_on(capsys.readouterr().out)
     command(results, "add", scored)
     command(results, "report")
     written = Path("results/README.md").read_text()
-    assert [line for line in written.splitlines() if line.startswith("|")] == expected
+    scores, returns, kept = tables_on(written)
+    (normalized,) = [line for line in every if line[0] == "normalized"]
+    assert scores == [["agent", "steps", "seeds", "training levels", "test levels"], [AGENT, "20", "1", *normalized[3:5]]]
+    means = [" / ".join(cell.split(" ")[0] for cell in line[3:5]) for line in games[1:]]
+    assert returns == [["agent", "bigfish", "fruitbot"], [AGENT, *means]]
+    assert kept[1] == [AGENT, "1", "20", "easy", f"[{scored.name}]({scored.name}/)"]
+    _, *numbers = csv.reader(Path("results/easy_greedy.csv").read_text().splitlines())
+    assert "(easy_greedy.csv)" in written and ["bigfish", "return", AGENT, "", "1", *games[1][3:6]] in numbers
+    assert ["all", "normalized", AGENT, "", "1", *normalized[3:]] in numbers
     assert "(easy_greedy.png)" in written and Path("results/easy_greedy.png").stat().st_size > 10_000
+
+
+def about(script="srwm", **flags):
+    """What a record says of a run with these flags, as far as it matters to its name."""
+    flags = {name: f"--{name.replace('_', '-')} {value}" for name, value in flags.items()}
+    return dict(script=f"impala_procgen_{script}.py", code="a", flags=flags, init_from=[], trained_games=["maze"],
+                file="checkpoint", validation=None)
+
+
+@pytest.mark.parametrize("records, names", [
+    ([about(entropy_cost=0.1)] * 2, ["srwm --entropy-cost 0.1"] * 2),  # evaluate.py says what differs alone
+    ([about(total_steps=100), about("lstm", total_steps=100)], ["srwm", "lstm"]),
+    ([about(total_steps=100), about()], ["srwm --total-steps 100", "srwm"]),
+    ([about(distribution_mode="memory", num_levels=500)], ["srwm"]),
+    ([about(batch_size=64, discounting=0.9, momentum=1, seed=2)], ["srwm, mine --momentum 1"]),
+    ([about(batch_size=64)], ["srwm --batch-size 64"]),
+    ([about(batch_size=64, discounting=0.9) | dict(parts=[dict(until=5, flags={}, code="a")])],
+     ["srwm --batch-size 64 --discounting 0.9 (until step 5 without --batch-size without --discounting)"]),
+    ([about(), about() | dict(code="b")], ["srwm code a", "srwm code b"]),
+])
+def test_agents_are_named_by_what_differs_from_the_paper_s_settings(records, names):
+    assert tables.name_agents(records, {"mine": "--batch-size 64 --discounting 0.9"}) == names
+
+
+def scores(model, steps, value, seed=1, returns=(5, 10)):
+    """A run that got `value` on each level of one training and one test split of a game with this range of returns."""
+    record = dict(script=f"{model}.py", code="", flags={}, init_from=[], trained_games=["maze"], file="checkpoint",
+                  validation=None, seed=seed, step=steps, distribution_mode="easy", num_levels=2, greedy=True, bf16=False)
+    game = dict(maze=dict(range=returns, returns=[value, value]))
+    records = [record | dict(start_level=first, column=column, games=game, mean=dict(mean_return=value))
+               for first, column in ((0, "train"), (1000, "test"))]
+    return results.Scored(Path(f"{model}_{seed}"), records, model)
+
+
+def section(*runs, published=None):
+    return page.Section("easy", list(runs), tables.tabulate(list(runs)), published)
+
+
+def test_agents_of_as_many_steps_share_a_picture_and_are_compared_with_the_srwm():
+    found = section(scores("lstm", 10**6, 9.0), scores("srwm", 10**6, 8.0), scores("ff", 2 * 10**6, 7.0),
+                    scores("delta", 10**6, 6.5))
+    assert found.pictures() == {"easy_2M.png": ["ff"], "easy_1M.png": ["lstm", "srwm", "delta"]}
+    (differences,) = [tables_on(table) for table in map(found.differences, found.groups()) if table]
+    assert [line[:2] for line in differences[0]] == [
+        ["minus srwm", "training levels"], ["lstm", "0.200 [0.200, 0.200]"], ["delta", "-0.300 [-0.300, -0.300]"]]
+    assert differences[0][1][3] == "0.000 [0.000, 0.000]"
+    assert len([line for line in found.numbers().splitlines() if "difference" in line]) == 6
+
+
+@pytest.mark.parametrize("returns, last", [((5, 10), "normalized"), (None, "gap")])
+def test_a_table_of_games_without_a_range_has_no_column_for_normalized_returns(returns, last):
+    games, *_ = tables.cells(tables.tabulate([scores("a", 1, 9.0, returns=returns)]))
+    assert games[0][-1] == last
+
+
+def test_an_agent_that_others_published_stands_where_its_test_score_belongs():
+    other = dict(name="PPO", by="somebody", source="https://x.org", about="", seeds=3, steps=[1, 2 * 10**6],
+                 normalized_return=dict(mean=dict(train=[0, 0.9], test=[0, 0.6])))
+    (table,) = tables_on(section(scores("a", 10**6, 9.0), scores("b", 10**6, 7.0), published=other).scores())
+    assert [line[0] for line in table] == ["agent", "a", "PPO ([published by somebody](https://x.org))", "b"]
+    assert table[2][1:] == ["2 M in all", "3", "0.900", "0.600"]
+
+
+def test_the_readme_shows_the_page_s_first_table():
+    (ours, *_), theirs = (tables_on((ROOT / path).read_text()) for path in ("results/README.md", "README.md"))
+    (shown,) = [table for table in theirs if table[0] == ours[0]]
+    assert [line[1:] for line in shown] == [line[1:] for line in ours]
+
+
+def test_the_page_of_results_fits_a_page():
+    """But for tables: of no more lines than there are runs, and without columns of dashes."""
+    text = (ROOT / "results/README.md").read_text()
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+    assert max(map(len, tables_on(text))) <= 40 and "- / -" not in text
+    assert set(re.findall(r"\]\((\w+\.\w+)\)", text)) == {path.name for path in (ROOT / "results").glob("*.[pc]??")}
 
 
 def test_seeds_of_one_version_of_the_script_are_one_model_and_other_levels_another_table(scored, score, command):
@@ -116,8 +212,8 @@ def test_seeds_of_one_version_of_the_script_are_one_model_and_other_levels_anoth
     command(results, "add", scored, a_seed(scored, 2, own))
     found = results.tables_of(sorted(Path("results").iterdir()))
     assert {setting[2:]: [run.model for run in runs] for setting, runs in found.items()} == {
-        (("bigfish", "fruitbot"), False, ((0, 1), (1000, 1))): ["srwm", "srwm"],
-        (("fruitbot",), False, ((1200, 1),)): ["srwm", "srwm"]}
+        (("bigfish", "fruitbot"), False, ((0, 1), (1000, 1))): [AGENT, AGENT],
+        (("fruitbot",), False, ((1200, 1),)): [AGENT, AGENT]}
 
 
 @needs_matplotlib
@@ -128,20 +224,20 @@ def test_versions_of_a_script_are_one_model_only_if_somebody_says_why(scored, co
 
     own = json.loads((scored / "evaluation_easy_0_1.json").read_text())["code"]
     command(results, "add", scored, a_seed(scored, 2, "12345678"))
-    assert sorted(models()) == sorted([f"srwm code {own}", "srwm code 12345678"])
+    assert sorted(models()) == sorted([f"{AGENT} code {own}", f"{AGENT} code 12345678"])
     versions = [dict(codes=[own, "12345678"], why="They differ in a comment.")]
     Path("results/versions.json").write_text(json.dumps(versions))
-    assert models() == ["srwm", "srwm"]
+    assert models() == [AGENT, AGENT]
     command(results, "report")
     assert f"Versions {own} and 12345678 of a script count as one: They differ in a comment." in (
-        Path("results/README.md").read_text())
+        " ".join(Path("results/README.md").read_text().split()))
 
 
 def test_two_runs_of_one_seed_do_not_count_as_two(scored, command, capsys):
     own = json.loads((scored / "evaluation_easy_0_1.json").read_text())["code"]
     command(results, "add", scored, a_seed(scored, 1, own))
     ((*_, runs),) = results.tables_of(sorted(Path("results").iterdir())).items()
-    assert len(runs) == 1 and "has a seed of srwm that is there already: 1" in capsys.readouterr().err
+    assert len(runs) == 1 and f"has a seed of {AGENT} that is there already: 1" in capsys.readouterr().err
 
 
 def test_it_is_started_by_its_path_too_in_whatever_folder(tmp_path):
@@ -189,6 +285,7 @@ def test_a_report_replaces_its_own_pictures_and_no_others(scored, command, refus
     Path("results/old.png").write_text("old")
     command(results, "report")
     assert sorted(path.name for path in Path("results").glob("*.png")) == ["easy_greedy.png", "mine.png"]
+    assert [path.name for path in Path("results").glob("*.csv")] == ["easy_greedy.csv"]
     before = page.read_text()
     Path("results", scored.name, "evaluation_easy_1000_1.json").write_text('{"games": ')
     refused(lambda: command(results, "report"), "evaluation_easy_1000_1.json is not a whole record of evaluate.py")
@@ -298,14 +395,16 @@ def test_the_page_of_results_is_made_of_the_files_beside_it(command, monkeypatch
     monkeypatch.setattr(results.pictures, "plot", lambda *anything: None)
     shutil.copytree(ROOT / "results", "results")
     command(results, "report")
-    assert Path("results/README.md").read_text() == (ROOT / "results/README.md").read_text()
+    for path in [Path("results/README.md"), *Path("results").glob("*.csv")]:
+        assert path.read_text() == (ROOT / path).read_text()
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
-def test_every_score_in_the_documents_stands_on_the_page_of_results(document):
+def test_every_score_in_the_documents_is_among_the_results(document):
     """In tables with its mark, by which it is clear or plausible."""
-    text, page = (ROOT / document).read_text(), (ROOT / "results/README.md").read_text()
+    text, files = (ROOT / document).read_text(), sorted((ROOT / "results").glob("*.csv"))
+    kept = {cell for path in files for line in csv.reader(path.read_text().splitlines()) for cell in line}
     scores = re.findall(r"[-\d.]+(?: ± [\d.]+)? \[[^]a-z]+\]", text)
-    assert len(scores) > 10 and [score for score in scores if f" {score}" not in page] == []
+    assert len(scores) > 10 and [score for score in scores if score not in {cell.strip("*") for cell in kept}] == []
     tabled = re.findall(r"[-\d.]+(?: ± [\d.]+)? \[[^]a-z]+\][^ ]*(?= \|)", text)
-    assert len(tabled) > 10 and [score for score in tabled if f" {score} |" not in page] == []
+    assert len(tabled) > 10 and [score for score in tabled if score.replace("\\", "") not in kept] == []
