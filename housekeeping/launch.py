@@ -1,5 +1,6 @@
 """Processes that torchrun starts together: who each is, and what they agree on before they train."""
 
+import functools
 import os
 import time
 from datetime import timedelta
@@ -14,9 +15,19 @@ RANK, LOCAL_RANK, NUM_PROCESSES, NUM_LOCAL = (
     int(os.environ[name]) if os.environ.get(name, "").isdecimal() else default for name, default in NUMBERS.items())
 
 
+@functools.cache  # as it is before keep_to_own_cores
 def num_cores():
     """Cores for this process: of those that it may use, its share, where torchrun started several on this machine."""
     return max(1, processes.num_cores() // NUM_LOCAL)
+
+
+def keep_to_own_cores():
+    """Keeps this process, and those that it starts from now on, on its share of the cores, where torchrun started several
+    on this machine: so memory and caches of one socket serve the same processes always."""
+    if num_cores() and NUM_LOCAL > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        if own := cores[len(cores) * LOCAL_RANK // NUM_LOCAL : len(cores) * (LOCAL_RANK + 1) // NUM_LOCAL]:
+            os.sched_setaffinity(0, own)
 
 
 class Launch:
@@ -40,6 +51,7 @@ class Launch:
             except dist.DistError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"no connection by MASTER_ADDR {address} and MASTER_PORT {port}: {reason}") from None
+        keep_to_own_cores()
 
     def agree(self, find):
         """The path, or None, that the first process finds, for all; after a crash, that of the run that crashed. The store

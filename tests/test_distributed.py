@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import impala_procgen_srwm as script
-from housekeeping import checkpoints
+from housekeeping import checkpoints, processes
 
 ROOT = Path(__file__).parent.parent
 WORDS = "--no-cuda --multi-env 2 --num-actors 1 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
@@ -44,6 +44,9 @@ def test_two_processes_learn_as_one_with_the_joint_batch(command, tmp_path):
         assert all(torch.equal(first[moment][name], second[moment][name]) for name in first[moment])
     assert not torch.equal(first["batch"]["obs"], second["batch"]["obs"])
     assert len(first["seeds"]) == 3 and not set(first["seeds"]) & set(second["seeds"])
+    cores = os.sched_getaffinity(0)
+    assert len(cores) < 2 or first["cores"] | second["cores"] == cores and not first["cores"] & second["cores"]
+    assert first["num_cores"] == second["num_cores"] == max(1, processes.num_cores() // 2)
     assert len(first["engine_seeds"]) >= 3 and not set(first["engine_seeds"]) & set(second["engine_seeds"])
     torch.manual_seed(1)
     assert torch.equal(script.Agent(script.Args(cuda=False)).layers[0].W, first["before"]["layers.0.W"])

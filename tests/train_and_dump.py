@@ -2,6 +2,7 @@
 second update is not finite in one process."""
 
 import copy
+import os
 
 import torch
 
@@ -49,4 +50,5 @@ for parameter in run.agent.parameters():
     parameter.data *= 1 + script.RANK / 1000  # as of a processor that rounds otherwise, though less
 script.train(run, script.Stop())
 seeds = dict(seeds=Learner.seeds, engine_seeds=list(range(run.seed, run.engine.next_seed)))
+seeds |= dict(cores=os.sched_getaffinity(0), num_cores=script.num_cores())
 torch.save(Learner.first | Learner.second | seeds | dict(last=run.agent.state_dict()), f"process{script.RANK}.pt")
