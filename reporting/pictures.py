@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import srwm_cuda
-from reporting.playing import FPS, Game
+from reporting.playing import FPS, Game, show_progress
 
 SECONDS = 30  # of a film
 HUMAN = 512  # pixels, width and height of a picture for people
@@ -78,7 +78,7 @@ def film(run, policy, target):
     size = (columns * tile, math.ceil(len(games) / columns) * (tile + caption))
 
     def pictures():
-        for _ in range(FPS * SECONDS):
+        for _ in show_progress(f"filming {target}", "pictures", range(FPS * SECONDS)):
             sheet = Image.new("RGB", size)
             draw = ImageDraw.Draw(sheet)
             for game in games:
@@ -214,7 +214,8 @@ def draw_scores(axis, rows, colors):
     last = {row["model"]: row["split"] for row in rows}  # which is in the legend
     for row in rows:
         x = models.index(row["model"]) + 0.5 * (splits.index(row["split"]) + 0.5) / len(splits) - 0.25
-        errors = np.abs([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+        ends = [row["value"] if row[end] is None else row[end] for end in ("low", "high")]
+        errors = np.abs(np.array(ends)[:, None] - row["value"])
         axis.errorbar(x, row["value"], errors, fmt="o", markersize=4, elinewidth=1, capsize=2, color=colors[row["model"]],
                       alpha=ALPHA[row["split"]], label=row["model"] if row["split"] == last[row["model"]] else None)
     axis.set(xticks=[], xlim=(-0.5, len(colors) - 0.5))
@@ -260,11 +261,14 @@ def probe(run, policy, target):
     torch.set_num_threads(1)
     game = Game(run.games[0], run.splits[0], policy, 0)
     steps, frames, rewards = [], [], []
+    line = show_progress(f"playing level {game.level} of {game.name}", " steps")  # nobody knows how many
     while not game.ended:
         actions, layers = record(policy.act, run.script)
         steps.append(layers)
         frames.append(game.frame.copy())
         rewards.append(game.step(actions))
+        line.update()
+    line.close()
     draw_probe(steps, frames, np.array(rewards), f"{run.model} ({run.about['step']:,} steps of training) plays "
                f"{game.name}, {policy.args.distribution_mode}, level {game.level}: return {game.total:g}", target)
 
