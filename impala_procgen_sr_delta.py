@@ -357,7 +357,7 @@ class Actor:
         args, B, device = pool.args, pool.args.num_envs, torch.device("cuda" if pool.args.cuda else "cpu")
         self.args, self.pool, self.block = args, pool, pool.engine.blocks[index]
         self.free = queue.Queue() if args.deterministic else pool.free  # unrolls to fill
-        self.totals = np.zeros((2, B))  # return and length of each environment's episode before the unroll
+        self.totals = np.zeros((3, B))  # of each environment: see Episodes.add_unroll
         self.agent = Agent(args).to(device).requires_grad_(False).eval()  # no dropout, and BatchNorm's averages
         pool.weights.attach(self.agent)
         self.unroll, self.state = Unroll(self.agent, args.unroll_length, B), self.agent.initial_state(B)
@@ -844,7 +844,8 @@ class Run:
         if RANK == 0:
             parameters = sum(parameter.numel() for parameter in self.agent.parameters())
             device = torch.cuda.get_device_name() if self.args.cuda else "the CPU"
-            say(f"{self.folder}: {', '.join(games)} ({self.args.distribution_mode}), {self.args.num_actors} actors x "
+            say(f"{self.folder}: {', '.join(games)} ({self.args.distribution_mode}), "
+                f"{self.args.total_steps:,} steps, {self.args.num_actors} actors x "
                 f"{self.args.num_envs} environments, {parameters:,} parameters on {device}, the CNN: "
                 f"{cnn_runs_in(self.agent, self.args)}, processes: {NUM_PROCESSES}")
 
@@ -951,19 +952,22 @@ class Episodes:
 
     def __init__(self, games, saved=None):
         self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
+        self.continued = any(self.recent.values())
 
     def add(self, game, episode_return, length):
         self.recent[game].append((float(episode_return), int(length)))
 
     def add_unroll(self, rewards, dones, totals):
         """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n plays game n modulo
-        their number. Totals (2, B): return and length before it; returns those after it."""
-        games, ends = list(self.recent), np.zeros_like(totals)  # totals when the last episode ended
-        sums = np.stack([rewards, np.ones_like(rewards)], axis=1).cumsum(0, dtype=float) + totals  # (T, 2, B)
+        their number. Totals (3, B): return and length before it, and how many episodes have ended;
+        returns those after it."""
+        games, ends = list(self.recent), np.zeros_like(totals[:2])  # when the last one ended
+        sums = np.stack([rewards, np.ones_like(rewards)], axis=1).cumsum(0, dtype=float)
+        sums += totals[:2]  # (T, 2, B)
         for t, n in np.argwhere(dones):
             self.add(games[n % len(games)], *(sums[t, :, n] - ends[:, n]))
             ends[:, n] = sums[t, :, n]
-        return sums[-1] - ends
+        return np.concatenate([sums[-1] - ends, totals[2:] + dones.sum(0)])
 
     def reward_scale(self, B):
         """(1, B): one over the spread of each environment's game."""
@@ -1122,6 +1126,12 @@ def make_folder(args):
     return folder
 
 
+def each_has_ended(pool):
+    """Whether each environment has ended an episode: a mean before that is one of those that end
+    first, which are another kind, such as won mazes."""
+    return pool.episodes.continued or all((actor.totals[2] > 0).all() for actor in pool.actors)
+
+
 def mean_scalars(pool):
     """Mean return, length and normalized return of each game, and their means over games once all have ended one."""
     scalars, mode, episodes = {}, pool.args.distribution_mode, pool.episodes
@@ -1208,8 +1218,12 @@ class Logger:
             self.track(scalars, run.step)
         total, kind = run.args.total_steps, (mean_name or "").split("/")[0].replace("_", " ")
         left = timedelta(seconds=round(max(0, total - run.step) / max(sps, 1e-9)))
-        returns = f"mean {kind} {scalars[mean_name]:.3f}" if mean_name else "no episode of each game yet"
-        returns += f", validation {valid[valid_name]:.3f}" if valid_name else ""
+        count = sum(map(len, run.pool.episodes.recent.values()))
+        returns = f"{count} episodes, not yet one of each environment"
+        if mean_name and each_has_ended(run.pool):
+            returns = f"mean {kind} {scalars[mean_name]:.3f} of {count} episodes"
+        if valid_name and each_has_ended(run.validation):
+            returns += f", validation {valid[valid_name]:.3f}"
         returns += "".join(f" | {name.replace('_', ' ')}: {count}" for name, count in counts.items() if count)
         say(f"step {run.step:,} of {total:,} | {sps:,.0f} steps/s | {left} left | {returns}")
         return valid[valid_name] if valid_name and run.validation.episodes.full() else -math.inf
