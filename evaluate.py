@@ -1,4 +1,4 @@
-"""Scores agents: plays each level of one or more splits exactly once per game, and prints tables.
+"""Scores agents: plays each level of one or more splits once per game, or several times, and prints tables.
 
     python evaluate.py runs/A runs/B --splits paper    training levels and the three test splits, all runs in one table
     python evaluate.py --start-level 1000              newest checkpoint under runs/, levels 1000 to 1199
@@ -32,7 +32,8 @@ from reporting import playing, tables
 from reporting.runs import Choice, load_run, read_record
 from housekeeping import processes
 
-SAME = ("weights", "player", "distribution_mode", "start_level", "num_levels", "greedy", "action_seed", "bf16")
+SAME = ("weights", "player", "distribution_mode", "start_level", "num_levels", "greedy", "action_seed", "episodes",
+        "bf16")
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Args(Choice):
     """take the most probable action; --no-greedy samples"""
     seed: int = 1
     """seed of the sampled actions"""
+    episodes: int = 1
+    """episodes of each level, with --no-greedy: greedy ones are all the same"""
     replay: bool = False
     """play anew what was played before by the same weights and code"""
     format: Literal["text", "markdown", "csv", "json"] = "text"
@@ -61,10 +64,13 @@ def say(text):
 
 def prepare(args):
     """The runs to play. Raises ValueError for whatever is not allowed, before any work is done."""
-    for name, least in (("start_level", 0), ("seed", 0), ("num_levels", 1)):
+    for name, least in (("start_level", 0), ("seed", 0), ("num_levels", 1), ("episodes", 1)):
         if not least <= (value := getattr(args, name)) < 2**31:
             allowed = "positive" if least else "at least 0"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed} and less than {2**31}, got {value}")
+    if args.greedy and args.episodes > 1:
+        raise ValueError(f"--episodes must be 1 with greedy actions, got {args.episodes}: all episodes of a level "
+                         "would be the same; --no-greedy samples")
     if args.splits == ():
         raise ValueError("--splits must be train, test, paper or first levels, got none")
     if args.splits and args.start_level:
@@ -121,7 +127,8 @@ def score(run, args):
     ranges = {game: run.script.RETURN_RANGE[game].get(mode) for game in run.games}
     for split in run.splits:
         record = run.about | dict(distribution_mode=mode, start_level=split.first, num_levels=split.count,
-                                  column=split.column, greedy=args.greedy, action_seed=args.seed)
+                                  column=split.column, greedy=args.greedy, action_seed=args.seed,
+                                  episodes=args.episodes)
         if returns := {} if args.replay else known_returns(record, record_path(run, args, split), run.games):
             record |= tables.summarize(returns, ranges)
         else:
@@ -132,12 +139,13 @@ def score(run, args):
         say(f"note: not played again (--replay does): {', '.join(map(str, used))}")
     if not levels:
         return
-    played = playing.play(run.script, run.agent, run.args, levels, args.greedy, args.seed, str(run.path))
+    played = playing.play(run.script, run.agent, run.args, levels, args.greedy, args.seed, args.episodes, str(run.path))
     written = []
     for record, split in zip(run.records, run.splits):
         if "games" not in record:
-            now, played = np.split(played, [len(run.games) * split.count])
-            record |= tables.summarize(dict(zip(run.games, now.reshape(len(run.games), -1).tolist())), ranges)
+            shape = len(run.games), split.count, args.episodes
+            now, played = np.split(played, [np.prod(shape)])
+            record |= tables.summarize(dict(zip(run.games, now.reshape(shape))), ranges)
             path = record_path(run, args, split)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,14 +163,16 @@ def known_returns(record, path, games):
         before = read_record(path)
     except (OSError, ValueError):
         return {}
+    before.setdefault("episodes", 1)  # in older records
     same = list(before["games"]) == games and all(before.get(name) == record[name] for name in SAME)
-    return {game: row["returns"] for game, row in before["games"].items()} if same else {}
+    return {game: row.get("episode_returns", row["returns"]) for game, row in before["games"].items()} if same else {}
 
 
 def record_path(run, args, split):
     """The JSON file of a split: beside the checkpoint, but not beside weights alone, which others have published."""
     folder = run.path.parent if run.about["run"] else Path("runs", run.path.stem)
     file, sampled = [run.path.stem] * (run.path.stem != "checkpoint"), ["sampled", args.seed] * (not args.greedy)
+    sampled += ["episodes", args.episodes] * (args.episodes > 1)
     words = ["evaluation", *file, *args.env, run.args.distribution_mode, split.first, split.count, *sampled]
     return folder / ("_".join(map(str, words + ["bf16"] * run.about["bf16"])) + ".json")
 
@@ -184,15 +194,19 @@ def main():
             from reporting import pictures  # with libraries that nothing else needs
         if args.video:
             pictures.film(runs[0], make_policy(runs[0], args), args.video)
+            say(f"the film: {args.video}")
         if args.probe:
             pictures.probe(runs[0], make_policy(runs[0], args, graph=False), args.probe)
+            say(f"the probe: {args.probe}")
         if args.plot or not (args.video or args.probe):
             for run in runs:
                 score(run, args)
             rows = tables.tabulate(runs)
             print(tables.FORMATS[args.format](runs, rows), flush=True)
         if args.plot:
+            say(f"drawing {args.plot}")
             pictures.plot(runs, rows, [pictures.curves(run.path.parent) for run in runs], args.plot)
+            say(f"the plot: {args.plot}")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # nobody reads the tables, or a disk is full

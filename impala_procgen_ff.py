@@ -47,7 +47,7 @@ import srwm_cuda
 from housekeeping import arguments, checkpoints, processes, say
 from housekeeping.arguments import Amount, Count, Fraction, Positive, PositiveAmount, Steps
 from housekeeping.engine import GAMES, RETURN_RANGE, Engine, Mode, ProcgenGym3Env, check_games
-from housekeeping.episodes import Episodes
+from housekeeping.episodes import Episodes, each_has_ended
 from housekeeping.launch import LOCAL_RANK, NUM_LOCAL, NUM_PROCESSES, RANK, Launch, num_cores
 from housekeeping.log import Log
 from housekeeping.signals import Stop, answer_signals
@@ -230,7 +230,7 @@ class Actor:
     def __init__(self, args, block, weights, episodes, seed):
         T, B, device = args.unroll_length, args.num_envs, "cuda" if args.cuda else "cpu"
         self.args, self.block, self.weights, self.episodes = args, block, weights, episodes
-        self.totals = np.zeros((2, B))  # return and length of each episode before the unroll
+        self.totals = np.zeros((3, B))  # of each environment: see Episodes.add_unroll
         self.agent = Agent(args).to(device).requires_grad_(False).eval()  # without dropout
         weights.attach(self.agent)  # gives it a `version`
         self.bound = getattr(self.agent, "state_bound", math.inf)
@@ -744,9 +744,10 @@ class Run:
         cnn = "PyTorch, since Encoder was changed" if args.cuda and args.bf16 else "PyTorch"
         if isinstance(encoder, Encoder) and encoder.fused():
             cnn = "kernels"
-        line = (f"{self.folder}: {', '.join(games)} ({args.distribution_mode}), {args.num_actors} "
-                f"actors x {args.num_envs} environments, {numbers:,} parameters on {device}, the "
-                f"CNN: {cnn}, processes: {NUM_PROCESSES}")
+        line = (f"{self.folder}: {', '.join(games)} ({args.distribution_mode}), "
+                f"{args.total_steps:,} steps, {args.num_actors} actors x {args.num_envs} "
+                f"environments, {numbers:,} parameters on {device}, the CNN: {cnn}, processes: "
+                f"{NUM_PROCESSES}")
         if self.step and (old := self.history[-2]["args"]["total_steps"]) != args.total_steps:
             then, now = (max(0, 1 - self.step / total) for total in (old, args.total_steps))
             line += (f"\nwith --total-steps {args.total_steps:,} instead of {old:,}, the learning "
@@ -831,9 +832,14 @@ class Run:
         total = self.args.total_steps
         left = timedelta(seconds=round(max(0, total - self.step) / max(sps, 1e-9)))
         parts = [f"step {self.step:,} of {total:,}", f"{sps:,.0f} steps/s", f"{left} left"]
-        parts.append(f"mean {mean.split('/')[0].replace('_', ' ')} {means[mean]:.3f}" if mean
-                     else "no episode of each game yet")
-        parts[-1] += f", validation {valid[valid_mean]:.3f}" if valid_mean else ""
+        number = sum(map(len, self.episodes.recent.values()))
+        returns = f"{number} episodes, not yet one of each environment"
+        if mean and each_has_ended(self.pool):
+            kind = mean.split("/")[0].replace("_", " ")
+            returns = f"mean {kind} {means[mean]:.3f} of {number} episodes"
+        if valid_mean and each_has_ended(self.validation):
+            returns += f", validation {valid[valid_mean]:.3f}"
+        parts.append(returns)
         parts += [f"{name.replace('_', ' ')}: {count}" for name, count in unusual.items() if count]
         say(" | ".join(parts))
         if valid_mean and self.valid_episodes.full() and valid[valid_mean] > self.best:

@@ -149,6 +149,9 @@ def print_times(name, T, B, D, columns, forward, both, plain):
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        print(f"{pathlib.Path(__file__).name}: error: the kernels run on a CUDA GPU, and there is none", file=sys.stderr)
+        sys.exit(2)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.backends.cudnn.benchmark = True
     measure_cnn((1, 96, 192, 384, 1632))

@@ -9,9 +9,10 @@ return and memory, as a Markdown table.
     python benchmarks/training.py scaling                      one agent on 1, 2, 4, ... GPUs, each with its cores
     python benchmarks/training.py agents --env maze            what it does not know goes to the scripts
 
-The runs stay under runs/, for TensorBoard and evaluate.py. One after another, steps a second are a mean from the first
-status line ten seconds after training began to the last. By turns, all runs are in memory, and all but one are stopped:
-a ratio is that of two turns in one round, so that a host that is slower for a while slows both.
+The runs stay under benchmarks/runs/, for TensorBoard and evaluate.py, whose newest run they are not. One after another,
+steps a second are a mean from the first status line ten seconds after training began to the last. By turns, all runs
+are in memory, and all but one are stopped: a ratio is that of two turns in one round, so that a host that is slower for
+a while slows both.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PROJECT = Path(__file__).resolve().parent.parent
+FOLDER = PROJECT / "benchmarks"  # in whose runs/ the runs are
 WARM_UP = 10  # seconds
 SETTLE = 2  # seconds after a turn's begin that do not count
 AGENTS = {"ff": "ff", "srwm": "srwm", "srwm, state reset": "srwm --no-carry-state", "sr_delta": "sr_delta",
@@ -87,7 +89,7 @@ class Run:
         self.command = [sys.executable, *launch, path, *words, "--exp-name", self.exp_name]
         own_cores = sorted(os.sched_getaffinity(0))[:cores]
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True, start_new_session=True,
-                                        preexec_fn=lambda: os.sched_setaffinity(0, own_cores))
+                                        cwd=FOLDER, preexec_fn=lambda: os.sched_setaffinity(0, own_cores))
         atexit.register(self.process.terminate if processes > 1 else self.process.kill)  # also one that is stopped
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
@@ -154,7 +156,7 @@ class Run:
         of_torchrun = "torch.distributed.run" in self.command  # which says 1 when it was told to stop
         if self.process.returncode and not of_torchrun:
             sys.exit(f"{' '.join(map(str, self.command))}: exit status {self.process.returncode}")
-        (run,) = Path("runs").glob(f"{self.exp_name}__*")
+        (run,) = (FOLDER / "runs").glob(f"{self.exp_name}__*")
         log, means = EventAccumulator(str(run)).Reload(), []
         for tag in ("policy_lag", "normalized_return/mean"):
             events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []

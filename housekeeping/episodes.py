@@ -11,21 +11,21 @@ class Episodes:
 
     def __init__(self, games, saved=None):
         self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
+        self.continued = any(self.recent.values())
 
     def add(self, game, episode_return, length):
         self.recent[game].append((float(episode_return), int(length)))
 
     def add_unroll(self, rewards, dones, totals):
-        """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n
-        plays game n modulo their number. Totals (2, B): return and length before it; returns those
-        after it."""
-        games, ends = list(self.recent), np.zeros_like(totals)  # totals when an environment's last episode ended
-        steps = np.stack([rewards, np.ones_like(rewards)], axis=1)
-        sums = steps.cumsum(0, dtype=float) + totals  # (T, 2, B)
+        """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n plays game n modulo their
+        number. Totals (3, B): return and length of each environment's episode before it, and how many episodes it has
+        ended; returns those after it."""
+        games, ends = list(self.recent), np.zeros_like(totals[:2])  # sums when an environment's last episode ended
+        sums = np.stack([rewards, np.ones_like(rewards)], axis=1).cumsum(0, dtype=float) + totals[:2]  # (T, 2, B)
         for t, n in np.argwhere(dones):
             self.add(games[n % len(games)], *(sums[t, :, n] - ends[:, n]))
             ends[:, n] = sums[t, :, n]
-        return sums[-1] - ends
+        return np.concatenate([sums[-1] - ends, totals[2:] + dones.sum(0)])
 
     def reward_scale(self, B):
         """(1, B): one over the spread of each environment's game."""
@@ -65,3 +65,9 @@ class Episodes:
             if len(values) == len(self.recent):
                 scalars[f"{kind}/mean"] = np.mean(values).item()
         return scalars
+
+
+def each_has_ended(pool):
+    """Whether each environment of a pool's actors has ended an episode. A mean before that is one of the episodes that end
+    first, which are another kind, such as won mazes."""
+    return pool.episodes.continued or all((actor.totals[2] > 0).all() for actor in pool.actors)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import srwm_cuda
-from reporting.playing import FPS, Game
+from reporting.playing import FPS, Game, show_progress
 from reporting.runs import Split
 
 SECONDS, STILL = 30, 2 * FPS  # of a film; pictures without a change that end an episode in it
@@ -140,7 +140,7 @@ def film(run, policy, target):
     size = (columns * tile, math.ceil(len(games) / columns) * (tile + caption))
 
     def pictures():
-        for _ in range(FPS * SECONDS):
+        for _ in show_progress(f"filming {target}", "pictures", range(FPS * SECONDS)):
             sheet = Image.new("RGB", size)
             draw = ImageDraw.Draw(sheet)
             for game in games:
@@ -318,7 +318,8 @@ def draw_scores(axis, rows, style):
     for row in rows:
         look, filled = style[row["model"]], FILLED[row["split"]]
         x = models.index(row["model"]) + 0.5 * (splits.index(row["split"]) + 0.5) / len(splits) - 0.25
-        errors = np.abs([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+        ends = [row["value"] if row[end] is None else row[end] for end in ("low", "high")]
+        errors = np.abs(np.array(ends)[:, None] - row["value"])
         axis.errorbar(x, row["value"], errors, linestyle="", marker=look["marker"], markersize=5, fillstyle=filled,
                       markerfacecoloralt="white", elinewidth=1, capsize=2, color=look["color"])
     axis.set(xticks=[], xlim=(-0.5, len(style) - 0.5))
@@ -367,11 +368,14 @@ def probe(run, policy, target):
     torch.set_num_threads(1)
     game = Game(run.games[0], run.splits[0], policy, 0)
     steps, frames, rewards = [], [], []
+    line = show_progress(f"playing level {game.level} of {game.name}", " steps")  # nobody knows how many
     while not game.ended:
         actions, layers = record(policy.act)
         steps.append(layers)
         frames.append(game.frame.copy())
         rewards.append(game.step(actions))
+        line.update()
+    line.close()
     draw_probe(steps, frames, np.array(rewards), f"{run.model} ({run.about['step']:,} steps of training) plays "
                f"{game.name}, {policy.args.distribution_mode}, level {game.level}: return {game.total:g}", target)
 

@@ -2,21 +2,21 @@
 
 import contextlib
 import math
-import shutil
 import sys
 import threading
-import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import srwm_cuda
 from housekeeping.launch import num_cores
 
-SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once: its batch
+SLOTS = {"cpu": 32, "cuda": 128}  # environments that a policy plays at once
+BATCH = {"cpu": 16, "cuda": 128}  # of which it computes so many at once: a divisor of the former
 VECTOR = {"cpu": 4, "cuda": 64}  # how many of them play the same game
 ENGINE_THREADS = {"cpu": 0, "cuda": 2}  # that step these; 0: the playing thread does
 TURNS = {"cpu": 1, "cuda": 3}  # policies that a thread plays by turns: some act while the environments of others move
@@ -29,10 +29,12 @@ def make_level(script, args, game, level, num=1, **options):
 
 
 class Policy:
-    """The agent in a fixed number of slots, each of which plays an episode. On CUDA its step is a graph.
+    """The agent in a fixed number of slots, each of which plays an episode. On CUDA its step is a graph of all slots;
+    on a CPU it computes batches of those that are in use.
 
-    The batch has all slots always, whether they are in use or not. Batches of different sizes are rounded differently,
-    but in batches of one size no row depends on the others: an episode is the same in whatever company it is played.
+    A batch always has the same size, and is filled up with slots that are not in use. Batches of different sizes are
+    rounded differently, but in batches of one size no row depends on the others: an episode is the same in whatever
+    company it is played.
     """
 
     def __init__(self, script, agent, args, greedy, seed, graph=True):
@@ -45,6 +47,7 @@ class Policy:
         self.inputs = [x.to(self.device) for x in self.host]  # on a CPU, the same tensors
         self.frames, (self.reward, self.begin, self.unroll_begins, self.uniform) = (x.numpy() for x in self.host)
         self.action = torch.zeros(B, dtype=torch.int32, pin_memory=cuda)
+        self.used = np.zeros(B, dtype=bool)  # which slots
         self.step, self.generators = np.zeros(B, dtype=np.int64), [np.random.default_rng(0) for _ in range(B)]
         self.initial, self.state = agent.initial_state(B), agent.initial_state(B)
         self.bound = getattr(agent, "state_bound", math.inf)
@@ -55,28 +58,53 @@ class Policy:
                 self.forward()
             self.forward = srwm_cuda.capture(self.forward, self.stream)
 
-    def begin_episode(self, slot, game, level):
-        """What is random in an episode depends on its game and level alone."""
+    def begin_episode(self, slot, game, level, episode=0):
+        """What is random in an episode depends on its game, its level and its number there alone."""
         self.step[slot] = self.reward[slot] = 0
+        self.used[slot] = True
         if not self.greedy:
             number = list(self.script.RETURN_RANGE).index(game)
-            self.generators[slot] = np.random.default_rng([self.seed, number, level])
+            self.generators[slot] = np.random.default_rng([self.seed, number, level] + [episode] * (episode > 0))
 
     @torch.no_grad()
     def forward(self):
-        frames, (reward, begin, unroll_begins, uniform) = self.inputs
-        state = choose(begin if self.args.carry_state else unroll_begins, self.initial, self.state)
-        checked = tuple(part.clone() for part in state)
-        srwm_cuda.reset_diverged(checked, self.bound)  # as actors do with each unroll
-        state = choose(unroll_begins, checked, state)
+        """Computes `action` and the next state: of all slots on CUDA, else of those in use."""
+        frames, numbers = self.inputs
+        if self.device.type == "cuda":
+            state = choose(numbers[2], self.begin_unrolls(numbers, self.state), self.state)
+            action, state = self.compute(frames, numbers, state)
+            for old, new in zip(self.state, state):
+                old.copy_(new)
+            self.action.copy_(action, non_blocking=True)
+            return
+        if len(starts := torch.from_numpy(np.flatnonzero(self.used & (self.unroll_begins > 0)))):
+            begun = self.begin_unrolls(numbers[:, starts], [part[starts] for part in self.state])
+            for part, new in zip(self.state, begun):
+                part.index_copy_(0, starts, new.to(part.dtype))
+        order = torch.from_numpy(np.argsort(~self.used, kind="stable"))  # first those in use
+        for rows in order.split(BATCH["cpu"])[: -(-int(self.used.sum()) // BATCH["cpu"])]:
+            state = tuple(part.index_select(0, rows) for part in self.state)
+            action, state = self.compute(frames.index_select(0, rows), numbers[:, rows], state)
+            for old, new in zip((self.action, *self.state), (action, *state)):
+                old.index_copy_(0, rows, new.to(old.dtype))
+
+    def begin_unrolls(self, numbers, state):
+        """States with which unrolls begin, from those before."""
+        _, begin, unroll_begins, _ = numbers
+        initial = [part[: len(begin)] for part in self.initial]
+        state = choose(begin if self.args.carry_state else unroll_begins, initial, state)
+        srwm_cuda.reset_diverged(state, self.bound)  # as actors do
+        return state
+
+    def compute(self, frames, numbers, state):
+        """Actions and next states of a batch."""
+        reward, begin, _, uniform = numbers
         logits, _, state = self.agent(frames[None], reward[None], begin[None].bool(), state)
-        for old, new in zip(self.state, state):
-            old.copy_(new)
         if self.greedy:
             action = logits[0].argmax(-1)
         else:
             action = (logits[0].softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
-        self.action.copy_(action.int(), non_blocking=True)
+        return action.int(), state
 
     def begin_act(self):
         """Queues a step. Returns an event; after it, `action` (B,) is there for `frames` and `reward`."""
@@ -122,7 +150,7 @@ class Vector:
             self.envs = self.make(level=0, num=len(free), num_threads=threads)
         for n in free:
             try:
-                self.playing[n], level = self.todo[self.game].popleft()
+                self.playing[n], level, episode = self.todo[self.game].popleft()
             except IndexError:  # other threads take from it too
                 break
             # An engine plays the levels that it was made for. So environment n gets its level as the state of another
@@ -131,7 +159,7 @@ class Vector:
             state = one.get_state()[0]
             self.envs.call_c_func("set_state", n, state, len(state))
             close(one)
-            self.policy.begin_episode(self.slots.start + n, self.game, level)
+            self.policy.begin_episode(self.slots.start + n, self.game, level, episode)
         if free:
             self.frames = self.envs.observe()[1]["rgb"]
         self.policy.frames[self.slots] = self.frames
@@ -151,6 +179,7 @@ class Vector:
         self.returns[self.playing[active]] += reward[active]
         ended = ended & active
         self.playing[ended] = -1
+        self.policy.used[self.slots] = self.playing >= 0
         return dict(steps=int(active.sum()), episodes=int(ended.sum()))
 
 
@@ -160,8 +189,9 @@ def close(envs):
 
 
 def play_slots(policy, todo, returns, progress, stop):
-    """Plays what is left to do, {game: deque of (number, level)}, in a policy's slots; adds to the returns by number.
-    A generator, which yields where it would wait: an event while the policy acts, None while environments move."""
+    """Plays what is left to do, {game: deque of (number, level, episode)}, in a policy's slots; adds to the returns by
+    number. A generator, which yields where it would wait: an event while the policy acts, None while environments
+    move."""
     size = VECTOR[policy.device.type]
     vectors = [Vector(policy, slice(first, first + size), todo, returns) for first in range(0, len(policy.step), size)]
     try:
@@ -200,42 +230,44 @@ def take_turns(players):
                 moving.append(player)
 
 
-def play(script, agent, args, levels, greedy=True, seed=1, name="playing"):
-    """Plays one episode of each (game, level) of a list. Returns their returns, in its order."""
-    returns, todo = np.zeros(len(levels)), {game: deque() for game, _ in levels}
+def play(script, agent, args, levels, greedy=True, seed=1, episodes=1, name="playing"):
+    """Plays episodes of each (game, level) of a list. Returns their returns in its order, those of a level together."""
+    returns, todo = np.zeros(len(levels) * episodes), {game: deque() for game, _ in levels}
     for index, (game, level) in enumerate(levels):
-        todo[game].append((index, level))
+        todo[game].extend((index * episodes + n, level, n) for n in range(episodes))
     device = next(agent.parameters(), torch.zeros(())).device.type
     cores = num_cores()
     threads = cores if device == "cpu" else min(cores, 2)  # on a GPU, more would wait for Python's lock
-    count = min(threads * TURNS[device], len(todo) + len(levels) // SLOTS[device])
+    count = min(threads * TURNS[device], len(todo) + len(returns) // SLOTS[device])
     policies = [Policy(script, agent, args, greedy, seed) for _ in range(count)]
     stop, progress = threading.Event(), [Counter(steps=0, episodes=0) for _ in policies]
     players = [play_slots(policy, todo, returns, done, stop) for policy, done in zip(policies, progress)]
     groups = [players[number::threads] for number in range(min(threads, count))]
+    line = show_progress(name, "episodes", total=len(returns))
     with ThreadPoolExecutor(len(groups)) as pool:
+        left = [pool.submit(take_turns, group) for group in groups]
         try:
-            follow([pool.submit(take_turns, group) for group in groups], progress, len(levels), name)
+            while left:
+                done, left = wait(left, timeout=0.2)
+                for player in done:
+                    player.result()
+                sums = sum(progress, Counter())
+                with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+                    line.set_postfix_str(f"{sums['steps'] / line.format_dict['elapsed']:,.0f} steps/s", refresh=False)
+                    line.update(sums["episodes"] - line.n)
         finally:
             stop.set()
+    with contextlib.suppress(OSError):
+        line.close()
     return returns
 
 
-def follow(players, progress, total, name):
-    """Shows on stderr how far the players are: on a terminal in one line, elsewhere in one line every five seconds."""
-    begin, terminal, left = time.time(), sys.stderr.isatty(), players
-    while left:
-        done, left = wait(left, timeout=0.2 if terminal else 5.0)
-        for player in done:
-            player.result()
-        sums, seconds = sum(progress, Counter()), time.time() - begin
-        if left or terminal:
-            line = (f"{name}: {sums['episodes']:,} of {total:,} episodes, {sums['steps'] / seconds:,.0f} steps/s, "
-                    f"{seconds:.0f} s")
-            width = max(1, shutil.get_terminal_size().columns - 1)
-            with contextlib.suppress(OSError):
-                print("\r" + line[:width].ljust(width) if terminal else line, end="" if terminal and left else "\n",
-                      file=sys.stderr, flush=True)
+def show_progress(name, unit, iterable=None, total=None, delay=0):
+    """A line on stderr that says how far a work is and how long it takes yet; in a file, not more than one in five
+    seconds. Returns tqdm's object: a loop over the iterable, if there is one."""
+    left = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
+    return tqdm(iterable, desc=name, unit=unit, total=total, delay=delay, smoothing=0, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 5, bar_format=left if total or iterable else None)
 
 
 class Game:

@@ -134,6 +134,7 @@ def tables_of(folders):
             record = read_record(path)
             record["code"] = same.get(record["code"], record["code"])
             actions = "greedy" if record["greedy"] else f"sampled_{record['action_seed']}"
+            actions += f"_{number}_episodes" if (number := record.get("episodes", 1)) > 1 else ""
             setting = (record["distribution_mode"], actions, tuple(record["games"]), record["bf16"])
             by_setting.setdefault(setting, []).append((record["start_level"], record["num_levels"], path, record))
         for setting, splits in by_setting.items():

@@ -12,6 +12,9 @@ import io
 import itertools
 import json
 import re
+import shutil
+import sys
+import textwrap
 import zlib
 from pathlib import Path
 from statistics import NormalDist
@@ -20,12 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from reporting.playing import show_progress
+
 DRAWS = 100_000  # bootstrap samples: so many that an end of an interval of width 0.05 moves by less than 0.0005
 MARGIN = 0.0005  # by more than which the interval of a difference must be clear of zero
 PIECE = 2**20  # numbers that are drawn at a time: memory is bounded
 COLUMNS = ("train", "test", "mixed", "validation", "gap")
 NOTE = ("Mean over levels ± standard deviation over seeds (for the IQM, of each seed's own), if there are several "
         "[95 % bootstrap interval over levels and seeds].")
+NOTE_ON_EPISODES = "Of a single level, intervals are over its episodes."
+SINGLE = "What stands without an interval is of a single episode, or of one of each game."
 NOTE_ON_DIFFERENCES = "Differences are on the same levels: they may be clear where the intervals of two models overlap."
 MARKED = ("** is a clear difference: its interval would exclude zero even if it were {widen:.2f} times as wide, as "
           "Bonferroni's correction for {pairs} of models wants; * is a plausible one: the interval as it stands "
@@ -162,18 +169,27 @@ def one_of_each_seed(runs, records):
 
 
 def summarize(returns, ranges):
-    """Statistics of a split's returns {game: [one of each level]}, as they go into its record. ranges: {game: (low,
-    high) of its returns, or None}."""
+    """Statistics of a split's returns {game: one of each level, or a row of its episodes'}, as they go into its record.
+    ranges: {game: (low, high) of its returns, or None}."""
     games = {}
-    for game, values in returns.items():
+    for game, levels in returns.items():
+        episodes = np.reshape(levels, (len(levels), -1))
+        values = units(means := episodes.mean(axis=1), episodes)
         mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
         low, high = ranges[game] or (None, None)
         normalized = None if low is None else (mean - low) / (high - low)
         games[game] = dict(mean_return=mean, standard_error=error, normalized=normalized, range=ranges[game],
-                           returns=values)
+                           returns=means.tolist())
+        if episodes.shape[1] > 1:
+            games[game]["episode_returns"] = episodes.tolist()
     mean = {key: np.mean([row[key] for row in games.values()]) for key in ("mean_return", "normalized")
             if None not in [row[key] for row in games.values()]}
     return dict(games=games, mean=mean)
+
+
+def units(means, episodes):
+    """What a bootstrap draws from: the levels' means or, of a single level, its episodes."""
+    return means if len(means) > 1 else np.ravel(episodes)
 
 
 def bootstrap(models, draws=DRAWS):
@@ -195,7 +211,8 @@ def bootstrap(models, draws=DRAWS):
                 for place, x in enumerate(arrays):
                     key = (game, COLUMNS.index(column), place, x.shape[1])  # models in which it is equal share levels
                     splits.setdefault(key, {})[index] = x / len(arrays)
-    for (game, column, place, count), arrays in splits.items():
+    line = show_progress("statistics", "splits", splits.items(), delay=2)  # of what takes less, nothing is shown
+    for (game, column, place, count), arrays in line:
         rng, x = np.random.default_rng([1, game, column, place, count]), np.concatenate(list(arrays.values()))
         sampled = [sample_levels(x, number, rng) for number in pieces(draws, count)]
         means = np.concatenate([x.mean(-1, keepdims=True).T, *sampled])  # (1 + draws, seeds of all models)
@@ -303,9 +320,11 @@ def tabulate(runs):
         first = group[0].records[0]
         samples = sample(returns, {game: row["range"] for game, row in first["games"].items()})
         about = dict(steps=" ".join(str(run.records[0]["step"]) for run in group), levels=levels(group[0]),
+                     episodes=first.get("episodes", 1),
                      **{name: first[name] for name in ("distribution_mode", "greedy", "bf16")})
-        rows += [dict(model=model, minus=None, seeds=len(group)) | row | dict(verdict=None) | about
-                 for row in entries(samples, scores[model])]
+        several = more_than_one(scores[model])
+        rows += [dict(model=model, minus=None, seeds=len(group)) | row | no_interval(several[row["split"]])
+                 | dict(verdict=None) | about for row in entries(samples, scores[model])]
         measure = list(samples)[-1]
         means = {(column, *splits_of(group[0], column)): x.mean((1, 2)) for column, x in samples[measure].items()}
         played[model] = means, about | dict(steps=None, levels=None)  # which the rows of both models have
@@ -313,7 +332,9 @@ def tabulate(runs):
     for (model, (means, about)), (other, (others, _)) in itertools.combinations(played.items(), 2):
         values = {column: x - others[column, *splits] for (column, *splits), x in means.items()
                   if (column, *splits) in others}
+        both = [more_than_one(scores[name]) for name in (model, other)]
         for row in intervals(values):
+            row |= no_interval(all(several[row["split"]] for several in both))
             judged = dict(verdict=verdict(row, len(pairs)) if (model, other) in pairs else None)
             rows.append(dict(model=model, minus=other, seeds=None, game="all", measure=f"{measure} difference")
                         | row | judged | about)
@@ -330,17 +351,30 @@ def scores_of(group):
     scores = {game: {} for game in group[0].records[0]["games"]}
     for records in zip(*[run.records for run in group]):  # of one split
         for game, columns in scores.items():
-            returns = np.array([record["games"][game]["returns"] for record in records])
-            columns.setdefault(records[0]["column"], []).append(returns)
+            found = [record["games"][game] for record in records]
+            returns = [units(row["returns"], row.get("episode_returns", row["returns"])) for row in found]
+            columns.setdefault(records[0]["column"], []).append(np.array(returns))
     return scores
+
+
+def more_than_one(scores):
+    """{column: whether each of its means, by game and split, is of more than one episode}."""
+    first = next(iter(scores.values()))
+    found = {column: all(x.size > 1 for columns in scores.values() for x in columns[column]) for column in first}
+    return found | dict(gap=found.get("train", False) and found.get("test", False))
+
+
+def no_interval(several):
+    """What to change in a row: from a single episode, nobody knows how sure it is."""
+    return {} if several else dict(low=None, high=None)
 
 
 def cell(entry, digits):
     if entry is None:
         return "-"
-    value, low, high = (f"{entry[key]:.{digits}f}" for key in ("value", "low", "high"))
     std = "" if entry["std"] is None else f" ± {entry['std']:.{digits}f}"
-    return f"{value}{std} [{low}, {high}]{MARKS.get(entry['verdict'], '')}"
+    interval = "" if entry["low"] is None else f" [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+    return f"{entry['value']:.{digits}f}{std}{interval}{MARKS.get(entry['verdict'], '')}"
 
 
 def labels(models):
@@ -396,31 +430,50 @@ def describe(runs):
     for run in runs:
         name = run.model if label[run.model] == run.model else f"{label[run.model]} = {run.model}"
         record = run.records[0]
+        number = record.get("episodes", 1)
+        episodes = f", {number} episodes of each" if number > 1 else ""
         actions, precision = "greedy" if record["greedy"] else "sampled", "bfloat16" if record["bf16"] else "float32"
         chosen = ", chosen by validation on levels {} to {}"
         best = chosen.format(*record["validation"]) if record["file"] == "best" and record["validation"] else ""
         earlier = earlier_parts(record)
         parts = f" {earlier}" if earlier and earlier not in name else ""
         yield (f"{run.path}: {name}, seed {record['seed']}, {record['step']:,} steps{parts}{best}; "
-               f"{record['distribution_mode']}, levels {levels(run)}; {actions} actions, {precision}")
+               f"{record['distribution_mode']}, levels {levels(run)}{episodes}; {actions} actions, {precision}")
 
 
 def notes(rows):
+    note = NOTE + f" {NOTE_ON_EPISODES}" * any(row["episodes"] > 1 for row in rows)
+    note += f" {SINGLE}" * any(row["low"] is None for row in rows)
     if not any(row["minus"] for row in rows):
-        return NOTE
+        return note
     pairs = len({(row["model"], row["minus"]) for row in rows if row["verdict"]})
     if not pairs:
-        return f"{NOTE} {NOTE_ON_DIFFERENCES} {UNMARKED}"
+        return f"{note} {NOTE_ON_DIFFERENCES} {UNMARKED}"
     words = f"{pairs} pairs" if pairs > 1 else "1 pair"
-    return f"{NOTE} {NOTE_ON_DIFFERENCES} {MARKED.format(widen=widening(pairs), pairs=words)}"
+    return f"{note} {NOTE_ON_DIFFERENCES} {MARKED.format(widen=widening(pairs), pairs=words)}"
 
 
 def text(runs, rows):
-    parts = ["\n".join(describe(runs))]
-    for table in cells(rows):
+    """On a terminal no line is longer than it is wide, as far as names allow."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    fold = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False).fill
+    parts = ["\n".join(map(fold, describe(runs)))]
+    for table in itertools.chain.from_iterable(narrow(whole, width) for whole in cells(rows)):
         widths = [max(map(len, column)) for column in zip(*table)]
         parts.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table))
-    return "\n\n".join([*parts, notes(rows)])
+    return "\n\n".join([*parts, fold(notes(rows))])
+
+
+def narrow(table, width):
+    """Tables with a table's first three columns and as many of the others as fit, at least one."""
+    others = list(zip(*[line[3:] for line in table]))
+    used, parts = sum(2 + max(len(line[i]) for line in table) for i in range(3)) - 2, [[]]
+    for column in others:
+        taken = sum(2 + max(map(len, each)) for each in [*parts[-1], column])
+        if parts[-1] and used + taken > width:
+            parts.append([])
+        parts[-1].append(column)
+    return [[[*line[:3], *values] for line, values in zip(table, zip(*part))] for part in parts]
 
 
 def markdown(runs, rows):
@@ -443,6 +496,7 @@ def comma_separated(runs, rows):
 def as_json(runs, rows):
     kept = ("seed", "step", "distribution_mode", "greedy", "bf16")
     played = [dict(run=str(run.path), model=run.model, **{name: run.records[0][name] for name in kept},
+                   episodes=run.records[0].get("episodes", 1),
                    splits=[dict(first=record["start_level"], count=record["num_levels"], column=record["column"])
                            for record in run.records]) for run in runs]
     return json.dumps(dict(runs=played, entries=rows), indent=1)

@@ -118,6 +118,7 @@ def trained(trained_once, command, tmp_path):
 def few_slots(monkeypatch):
     """Four environments for each thread of evaluate.py, in two vectors: small batches, and levels that have to wait."""
     monkeypatch.setattr(playing, "SLOTS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(playing, "BATCH", {"cpu": 2, "cuda": 4})
     monkeypatch.setattr(playing, "VECTOR", {"cpu": 2, "cuda": 2})
 
 

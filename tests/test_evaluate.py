@@ -1,6 +1,7 @@
 """Evaluation: every level once, the same numbers twice, in whatever company, and one line for what is not allowed."""
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -8,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +92,22 @@ def test_what_was_played_is_not_played_again_but_with_replay(trained, score, cap
     score(trained, "--splits", "0", "1000", "--num-levels", 2)  # of two games, only the split that is new
     score(trained, "--splits", "0", "--num-levels", 2, "--replay")
     assert played == [4, 4]
+
+
+def test_several_episodes_of_a_level_have_a_file_of_their_own_and_are_not_played_again(trained, score, capsys):
+    words = trained, "--start-level", 8, "--num-levels", 1, "--no-greedy", *FRUITBOT
+    capsys.readouterr()
+    score(*words, "--episodes", 3)
+    name = "evaluation_fruitbot_easy_8_1_sampled_1_episodes_3.json"
+    found, (out, _) = results(trained, name), capsys.readouterr()
+    assert found["episodes"] == 3 and len(found["games"]["fruitbot"]["episode_returns"][0]) == 3
+    assert "levels 8 to 8 (train), 3 episodes of each" in out
+    score(*words, "--episodes", 3)
+    again, error = capsys.readouterr()
+    assert again == out and f"note: not played again (--replay does): {trained}/{name}" in error
+    score(*words)
+    (first,) = results(trained, "evaluation_fruitbot_easy_8_1_sampled_1.json")["games"]["fruitbot"]["returns"]
+    assert first == found["games"]["fruitbot"]["episode_returns"][0][0]
 
 
 @pytest.mark.parametrize("changed", ["weights", "player", "greedy", "bf16"])
@@ -289,19 +305,67 @@ def test_other_seeds_sample_other_actions(few_slots):
     assert first != second
 
 
+def test_episodes_of_a_level_differ_the_first_is_that_of_one_and_all_are_the_same_in_any_company(few_slots):
+    args, levels = script.Args(cuda=False, bf16=False), [("fruitbot", 8), ("fruitbot", 9)]
+    _, episodes = playing.play(script, SRWM, args, levels, greedy=False, episodes=3).reshape(2, 3).tolist()
+    assert playing.play(script, SRWM, args, levels[1:], greedy=False, episodes=3).tolist() == episodes
+    assert playing.play(script, SRWM, args, levels[1:], greedy=False).tolist() == episodes[:1]
+    assert len(set(episodes)) > 1
+
+
+def test_a_cpu_computes_batches_of_the_slots_in_use_alone(few_slots, monkeypatch):
+    policy = playing.Policy(script, Witness(), script.Args(cuda=False), greedy=True, seed=1)
+    sizes, forward = [], Witness.forward
+    monkeypatch.setattr(Witness, "forward", lambda self, obs, *rest: sizes.append(obs.shape[1]) or forward(self, obs, *rest))
+    for slots, batches in (([], []), ([3], [2]), ([0], [2]), ([1], [2, 2])):
+        for slot in slots:
+            policy.begin_episode(slot, "maze", 0)
+        sizes.clear()
+        policy.act()
+        assert sizes == batches
+
+
 def test_levels_are_those_of_the_mode():
     args = script.Args(cuda=False, distribution_mode="hard")
     assert playing.make_level(script, args, "maze", 1234).get_info()[0]["level_seed"] == 1234
 
 
+class Stream(io.StringIO):
+    """A terminal, or a file, that keeps all that is written."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere_for_what_is_quick(terminal, monkeypatch, capsys):
-    player = Future()
-    player.set_result(None)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    playing.follow([player], [playing.Counter(steps=700, episodes=2)], 2, "runs/A")
-    error = capsys.readouterr().err
-    assert ("\rruns/A: 2 of 2 episodes" in error and error.count("\n") == 1) if terminal else error == ""
+def test_progress_is_one_line_that_says_how_long_it_takes_yet(terminal, few_slots, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(terminal))
+    playing.play(script, Clock(), script.Args(cuda=False), [("maze", level) for level in range(4)], name="runs/A")
+    states = sys.stderr.getvalue().split("\r")
+    assert "\n" not in "".join(states[:-1]) and states[-1].endswith("\n")
+    assert "runs/A: 100%" in states[-1] and "4 of 4 episodes" in states[-1] and "steps/s" in states[-1]
+
+
+def test_in_a_file_progress_is_seldom_written(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(False))
+    for _ in playing.show_progress("runs/A", "episodes", range(100_000)):
+        pass
+    assert sys.stderr.getvalue().count("runs/A") <= 3  # the begin, the end, and once more on a slow machine
+
+
+def test_nobody_has_to_read_the_progress(few_slots, monkeypatch):
+    stream = Stream(True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    begin = playing.show_progress
+
+    def then_full(*words, **options):
+        line = begin(*words, **options)
+        stream.write = lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        return line
+
+    monkeypatch.setattr(playing, "show_progress", then_full)
+    assert len(playing.play(script, Clock(), script.Args(cuda=False), [("fruitbot", 8), ("fruitbot", 9)])) == 2
 
 
 # Splits, models and formats
@@ -544,6 +608,56 @@ def test_weights_whose_scores_would_have_one_place_are_refused(trained, score, r
         (tmp_path / folder).mkdir()
         torch.save(checkpoint, tmp_path / folder / "agent.pt")
     refused(lambda: score("a/agent.pt", "b/agent.pt"), "runs must be files of different names", "agent")
+
+
+def one_level(model, *episodes):
+    """A run that played one training level of maze."""
+    played = tables.summarize({"maze": [list(episodes)]}, RANGES)
+    about = ABOUT | dict(script=f"impala_procgen_{model}.py", trained_games=["maze"], num_levels=1, episodes=len(episodes))
+    return SimpleNamespace(path=Path(f"runs/{model}/checkpoint.pt"), model=model,
+                           records=[about | dict(start_level=8, column="train") | played])
+
+
+def test_a_single_episode_has_no_interval_in_any_format():
+    runs = [one_level("srwm", 7.0), one_level("lstm", 5.0, 9.0)]
+    rows = tables.tabulate(runs)
+    assert {(row["model"], row["minus"], row["low"] is None) for row in rows} == {
+        ("srwm", None, True), ("lstm", None, False), ("srwm", "lstm", True)}
+    table = tables.text(runs, rows)
+    assert "7.00     " in table and "7.00 [5.00, 9.00]" in table and table.endswith(tables.UNMARKED)
+    assert tables.SINGLE in table and tables.SINGLE not in tables.text(RUNS, tables.tabulate(RUNS))
+    assert json.loads(tables.as_json(runs, rows))["entries"][0]["low"] is None
+    assert next(csv.DictReader(tables.comma_separated(runs, rows).splitlines()))["low"] == ""
+
+
+def test_the_interval_of_one_level_is_over_its_episodes_and_that_of_several_over_their_means():
+    """The mean of 400 coins is within 1.96 / 40 in 95 % of the samples; ten levels that are alike do not vary."""
+    coins = [0.0, 1.0] * 200
+    run = one_level("srwm", *coins)
+    (row,) = [row for row in tables.tabulate([run]) if row["measure"] == "return"]
+    assert (row["low"], row["high"]) == pytest.approx((0.5 - 1.96 / 40, 0.5 + 1.96 / 40), abs=0.003)
+    assert "levels 8 to 8 (train), 400 episodes of each" in next(tables.describe([run]))
+    run.records[0] |= tables.summarize({"maze": [coins] * 10}, RANGES) | dict(num_levels=10)
+    (row,) = [row for row in tables.tabulate([run]) if row["measure"] == "return"]
+    assert (row["low"], row["high"]) == (0.5, 0.5)
+
+
+def test_statistics_of_several_episodes_of_a_level():
+    (game,) = tables.summarize({"maze": [[10.0, 0.0], [10.0, 10.0]]}, RANGES)["games"].values()
+    assert game["returns"] == [5.0, 10.0] and game["episode_returns"] == [[10.0, 0.0], [10.0, 10.0]]
+    assert game["mean_return"] == 7.5 and game["standard_error"] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("columns", [70, 80, 200])
+def test_on_a_terminal_no_line_is_wider_and_nothing_is_lost(columns, monkeypatch):
+    rows = tables.tabulate(RUNS)
+    everything = tables.text(RUNS, rows)
+    assert max(map(len, everything.splitlines())) > 110
+    monkeypatch.setattr(sys, "stdout", Stream(True))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    folded = tables.text(RUNS, rows)
+    assert max(map(len, folded.splitlines())) <= columns
+    assert set(everything.split()) == set(folded.split())
 
 
 def test_text_and_markdown_say_the_same():
@@ -813,6 +927,8 @@ def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece
     ("--splits 0 100", "--splits must not overlap"),
     ("--splits test runs", "(runs come first: evaluate.py RUNS --splits ...)"),
     ("--distribution-mode exploration", "must be one of easy, hard, extreme, memory, got exploration"),
+    ("--episodes 0 --no-greedy", "--episodes must be positive"),
+    ("--episodes 3", "--episodes must be 1 with greedy actions, got 3"),
     ("--video out.avi", "--video must end in .mp4 or .gif"),
     ("--video nowhere/out.gif", "--video must be in a folder that exists"),
 ])

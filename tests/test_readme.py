@@ -68,7 +68,7 @@ def split(line):
 
 
 def is_command(span):
-    return re.match(r"(python|torchrun|pip|tensorboard|diff|apt|docker) |[\w/]+\.py ", span)
+    return re.match(r"(python|torchrun|pip|uv|tensorboard|diff|apt|docker) |[\w/]+\.py ", span)
 
 
 def is_path(span):
@@ -97,7 +97,7 @@ def execute(words):
     program, *words = words
     if program.endswith(".py"):
         program, words = "python", [program, *words]
-    if program in ("diff", "tensorboard", "pip"):
+    if program in ("diff", "tensorboard", "pip", "uv"):
         files = [word for last, word in zip([program, *words], words) if program == "diff" or last in ("--logdir", "-r")]
         assert all(Path(file).exists() for file in files), files
     elif program == "torchrun":

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import impala_procgen_srwm as script
 import srwm_cuda
 from housekeeping import checkpoints
+from housekeeping.episodes import each_has_ended
 
 ROOT = Path(__file__).parent.parent
 
@@ -262,7 +264,8 @@ def test_episodes_are_counted_over_the_ends_of_unrolls():
     rewards, dones = np.zeros((4, 2)), np.zeros((4, 2), dtype=bool)
     rewards[:, 0], rewards[:, 1] = (1, 2, 3, 4), (10, 20, 30, 40)
     dones[1, 0] = dones[2, 0] = dones[3, 1] = True
-    totals = episodes.add_unroll(rewards, dones, np.zeros((2, 2)))
+    totals = episodes.add_unroll(rewards, dones, np.zeros((3, 2)))
+    assert totals[2].tolist() == [2, 1]
     assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1)], "leaper": [(100.0, 4)]}
     episodes.add_unroll(rewards, dones, totals)
     assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1), (7.0, 3), (3.0, 1)], "leaper": [(100.0, 4), (100.0, 4)]}
@@ -439,7 +442,27 @@ def test_the_log_says_who_waits_for_whom(slow, train, monkeypatch):
         assert 2 * learner < actors <= 1 and 0.5 < engine <= 1
 
 
-def test_returns_and_lengths_of_each_game_are_logged(trained, command):
+def test_a_mean_waits_until_each_environment_has_ended_an_episode(train, capsys):
+    """The first to end are another kind: in maze, those that were won."""
+    train("--total-steps", 20)
+    assert "left | 0 episodes, not yet one of each environment\n" in capsys.readouterr().out
+    actor, _, unroll, episodes = parts(script.Args(**ARGS), ["fruitbot"])
+    pool = SimpleNamespace(actors=[actor], episodes=episodes)
+    seen = [(0, False)]
+    while seen[-1][0] < 6 or not seen[-1][1]:  # of six environments
+        play(actor, unroll)
+        seen.append((sum(actor.totals[2] > 0), each_has_ended(pool)))
+    assert all(mean == (ended == 6) for ended, mean in seen) and any(0 < ended < 6 for ended, _ in seen)
+    assert len(episodes.recent["fruitbot"]) >= 6
+
+
+def test_a_run_says_at_once_how_many_steps_it_will_learn_from(train, trained, capsys):
+    """One with the weights of another too: they do not bring their number along."""
+    train("--init-from", trained, "--total-steps", 40, "--exp-name", "other")
+    assert ": bigfish, fruitbot (easy), 40 steps, 2 actors x 4 environments, " in capsys.readouterr().out
+
+
+def test_returns_and_lengths_of_each_game_are_logged(trained, command, capsys):
     """Here of episodes that a checkpoint brings along; in the few steps that follow none ends."""
     episodes = {"bigfish": [(5.0, 10), (3.0, 20)], "fruitbot": [(15.45, 12)]}
     torch.save(torch.load(trained / "checkpoint.pt") | {"episodes": episodes}, trained / "checkpoint.pt")
@@ -449,6 +472,7 @@ def test_returns_and_lengths_of_each_game_are_logged(trained, command):
         assert logged[f"{kind}/bigfish"] == pytest.approx(bigfish, rel=1e-5)
         assert logged[f"{kind}/fruitbot"] == pytest.approx(fruitbot, rel=1e-5)
         assert logged[f"{kind}/mean"] == pytest.approx((bigfish + fruitbot) / 2, rel=1e-5)
+    assert "| mean normalized return 0.288 of 3 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
