@@ -24,6 +24,7 @@ import tyro
 if not __package__:  # started by its path, in whatever folder
     sys.path[0] = str(Path(__file__).parent.parent)
 
+from housekeeping.checkpoints import load_checkpoint  # noqa: E402
 from reporting import page, pictures, playing, tables  # noqa: E402
 from reporting.runs import (  # noqa: E402
     Choice,
@@ -32,7 +33,6 @@ from reporting.runs import (  # noqa: E402
     import_script,
     load_run,
     read_record,
-    script_of,
     with_history,
 )
 
@@ -50,7 +50,7 @@ def load(folder, file="checkpoint"):
     path = folder / f"{file}.pt"
     if not path.is_file():
         raise ValueError(f"runs must be folders with a {path.name}, got {folder}")
-    checkpoint = import_script(script_of(path)).load_checkpoint(path, None)
+    checkpoint = load_checkpoint(path, None)
     found = {path.name: read_record(path) for path in sorted(folder.glob("evaluation_*.json"))}
     records = {name: record for name, record in found.items() if record["file"] == file}
     for name in [name for name, record in records.items() if record["step"] != checkpoint["step"]]:

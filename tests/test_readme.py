@@ -230,7 +230,9 @@ def test_files_in_the_text_exist(document, project):
 
 @functools.cache
 def vocabulary():
-    files = [ROOT / "impala_procgen_srwm.py", ROOT / "evaluate.py", *ROOT.glob("srwm_cuda/*.py"), *ROOT.glob("reporting/*.py")]
+    folders = ("srwm_cuda", "housekeeping", "reporting")
+    files = [ROOT / "impala_procgen_srwm.py", ROOT / "evaluate.py"]
+    files += [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
     return set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in files))) | {"GAME", "NAME", "HOST"}
 
 
