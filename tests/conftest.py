@@ -19,6 +19,11 @@ SMALL = "--no-cuda --multi-env 2 --num-actors 2 --num-envs 4 --unroll-length 5 -
 FRUITBOT = ("--env", "fruitbot")  # of whose levels an episode takes about a hundred steps
 
 
+def first_fast(*values):
+    """Parameters of a test, of which all but the first are slow."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):

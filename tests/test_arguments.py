@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import first_fast
 
 import evaluate
 import impala_procgen_srwm as script
@@ -70,11 +71,12 @@ def test_what_cannot_be_parsed_is_refused_by_tyro_which_names_what_is_allowed(wo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", ["--total-steps 6e1", "--total-steps=6e1", "--total_steps=6E1"])
+@pytest.mark.parametrize("words", first_fast("--total_steps=6E1", "--total-steps 6e1", "--total-steps=6e1"))
 def test_steps_may_be_written_as_1e6(words, train):
     assert torch.load(train(*words.split()) / "checkpoint.pt")["args"]["total_steps"] == 60
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_beyond_two_to_the_31_steps(trained, command):
     torch.save(torch.load(trained / "checkpoint.pt") | {"step": 3 * 10**9}, trained / "checkpoint.pt")
     command(script, "--resume", trained, "--total-steps", 3 * 10**9 + 20)
@@ -137,6 +139,7 @@ def test_the_cores_of_a_container_are_those_that_it_may_use(group, files, expect
     assert processes.num_cores(root=tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_the_engine_plays_every_game_of_every_mode_and_no_other():
     """In a process of its own, since the engine aborts on a game that lacks the mode."""
     program = """

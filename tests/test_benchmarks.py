@@ -13,6 +13,7 @@ from benchmarks import training
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_kernels_benchmark_ends_in_one_line():
     ended = subprocess.run([sys.executable, ROOT / "benchmarks" / "kernels.py"], capture_output=True, text=True,
                            env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))
@@ -20,6 +21,7 @@ def test_without_a_gpu_the_kernels_benchmark_ends_in_one_line():
     assert ended.stderr == "kernels.py: error: the kernels run on a CUDA GPU, and there is none\n"
 
 
+@pytest.mark.slow
 def test_a_benchmark_s_runs_are_not_the_newest_to_evaluate(monkeypatch, tmp_path):
     """Wherever it is started: here a run that ends at once."""
     monkeypatch.chdir(tmp_path)

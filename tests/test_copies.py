@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import first_fast
 from test_scripts import SCRIPTS
 from test_training import parts, play
 
@@ -131,7 +132,7 @@ def copy_with(own_copy, kind):
     return own_copy(layers, f"        {MODES[kind]}\n{layers}", INPUT, use)
 
 
-@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("kind", first_fast("BatchNorm", "buffer", "dropout", "slice"))
 def test_the_policy_that_acts_is_the_one_that_v_trace_compares_with(kind, own_copy):
     """At lag 0 their ratio is 1, also after updates: buffers and averages travel, and actors drop nothing out."""
     script = copy_with(own_copy, kind)
@@ -250,6 +251,7 @@ def test_averages_are_of_training_alone(own_copy):
     assert learner.update(args.learning_rate)[1] and (mean != 0).any()
 
 
+@pytest.mark.slow
 def test_a_level_s_return_is_the_same_in_whatever_company_with_batchnorm_too(own_copy, few_slots):
     script = copy_with(own_copy, "BatchNorm")
     args = script.Args(cuda=False, bf16=False)

@@ -165,6 +165,7 @@ def test_two_machines_recover_from_the_death_of_a_worker(command, tmp_path):
     assert state["step"] == 50 * STEPS and state["optimizer"]["state"][0]["step"] == 50
 
 
+@pytest.mark.slow
 def test_processes_that_go_on_from_different_checkpoints_end(tmp_path):
     program = """
 import sys, impala_procgen_srwm as script

@@ -404,7 +404,7 @@ def test_leaper_s_score_is_the_share_of_levels_with_at_most_one_lane_of_cars():
 def test_the_recipe_s_agents_fail_on_the_same_levels():
     """What docs/results.md says of them. The third number of a level's Mersenne Twister is the size of its maze."""
     def returns(splits):  # (agents, games, levels)
-        runs = sorted(RESULTS.parent.parent.glob("results/recipe*"))
+        runs = sorted(path for path in RESULTS.parent.parent.glob("results/recipe*") if path.is_dir())
         files = [[run / f"evaluation_easy_{first}_200.json" for run in runs] for first in splits]
         played = [[json.loads(file.read_text())["games"] for file in split] for split in files]
         return np.concatenate([[[games[game]["returns"] for game in SIX] for games in split] for split in played], 2)

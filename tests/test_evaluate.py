@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FRUITBOT
+from conftest import FRUITBOT, first_fast
 
 import evaluate
 import impala_procgen_lstm
@@ -44,6 +44,7 @@ def test_a_checkpoint_is_scored_on_its_games_and_twice_alike(trained, score, cap
     assert list(games) == ["bigfish", "fruitbot"] and all(len(row["returns"]) == 2 for row in games.values())
 
 
+@pytest.mark.slow
 def test_the_papers_splits_have_a_file_each_and_share_the_tables(trained, score, capsys):
     capsys.readouterr()
     score(trained, "--splits", "paper", "--num-levels", 1, "--format", "json", *FRUITBOT)
@@ -62,6 +63,7 @@ def test_sampled_actions_and_other_games_and_modes(trained, score):
     assert list(found["games"]) == ["dodgeball", "caveflyer"] and "normalized" not in found["mean"]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_taken(train, score, capsys):
     train("--total-steps", 20, "--exp-name", "older")
     train("--total-steps", 20, "--exp-name", "newer")
@@ -70,6 +72,7 @@ def test_the_newest_checkpoint_is_taken(train, score, capsys):
     assert capsys.readouterr().out.startswith("runs/newer")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_machines_and_versions_is_scored(trained, score):
     """Given by its folder; with a batch that this machine's default actors could not fill, and an argument long
     gone."""
@@ -80,6 +83,7 @@ def test_a_checkpoint_of_other_machines_and_versions_is_scored(trained, score):
     assert (trained / "evaluation_fruitbot_easy_0_1.json").exists()
 
 
+@pytest.mark.slow
 def test_what_was_played_is_not_played_again_but_with_replay(trained, score, capsys, monkeypatch):
     score(trained, "--splits", "0", "--num-levels", 2)
     expected, played, play = capsys.readouterr().out, [], playing.play
@@ -94,6 +98,7 @@ def test_what_was_played_is_not_played_again_but_with_replay(trained, score, cap
     assert played == [4, 4]
 
 
+@pytest.mark.slow
 def test_several_episodes_of_a_level_have_a_file_of_their_own_and_are_not_played_again(trained, score, capsys):
     words = trained, "--start-level", 8, "--num-levels", 1, "--no-greedy", *FRUITBOT
     capsys.readouterr()
@@ -110,7 +115,7 @@ def test_several_episodes_of_a_level_have_a_file_of_their_own_and_are_not_played
     assert first == found["games"]["fruitbot"]["episode_returns"][0][0]
 
 
-@pytest.mark.parametrize("changed", ["weights", "player", "greedy", "bf16"])
+@pytest.mark.parametrize("changed", first_fast("weights", "player", "greedy", "bf16"))
 def test_what_other_weights_code_or_actions_have_played_is_played_anew(changed, trained, score):
     score(trained, "--num-levels", 1)
     path = trained / "evaluation_easy_0_1.json"
@@ -121,12 +126,14 @@ def test_what_other_weights_code_or_actions_have_played_is_played_anew(changed, 
     assert json.loads(path.read_text()) == right
 
 
+@pytest.mark.slow
 def test_scores_in_bfloat16_and_in_float32_have_a_file_each(trained, score):
     score(trained, "--num-levels", 1)
     score(trained, "--num-levels", 1, "--bf16", True)
     assert [results(trained, f"evaluation_easy_0_1{end}.json")["bf16"] for end in ("", "_bf16")] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_change_of_script_or_kernels_is_noted_for_weights_alone_too(trained, score, tmp_path, capsys):
     checkpoint = torch.load(trained / "checkpoint.pt")
     (part,) = checkpoint["history"]
@@ -305,6 +312,7 @@ def test_other_seeds_sample_other_actions(few_slots):
     assert first != second
 
 
+@pytest.mark.slow
 def test_episodes_of_a_level_differ_the_first_is_that_of_one_and_all_are_the_same_in_any_company(few_slots):
     args, levels = script.Args(cuda=False, bf16=False), [("fruitbot", 8), ("fruitbot", 9)]
     _, episodes = playing.play(script, SRWM, args, levels, greedy=False, episodes=3).reshape(2, 3).tolist()
@@ -451,6 +459,7 @@ def test_runs_fine_tuned_from_runs_that_learned_otherwise_are_no_seeds_of_one_mo
         (False, "1", "train"), (True, "1", "test")}
 
 
+@pytest.mark.slow
 def test_a_seed_counts_once_and_a_run_that_is_not_finished_is_another_model(train, score, capsys):
     runs = [train("--total-steps", 20, "--exp-name", f"run_{seed}", "--seed", seed) for seed in (1, 2, 3)]
     shutil.copytree(runs[0], "copy")
@@ -465,6 +474,7 @@ def test_a_seed_counts_once_and_a_run_that_is_not_finished_is_another_model(trai
         ("srwm", "2"), ("srwm at step 10", "1")}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_with_other_arguments_is_no_seed_of_one_that_had_them_all_along(
         train, score, command, capsys):
     words = "--total-steps", 60, "--learning-rate", 0.003, "--entropy-cost", 0.1
@@ -479,6 +489,7 @@ def test_a_run_that_was_resumed_with_other_arguments_is_no_seed_of_one_that_had_
         ("srwm (until step 40 --total-steps 40 --learning-rate 0.003 --entropy-cost 0.1)", "1")}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_with_the_same_arguments_is_a_seed_like_any_other(train, score, command, capsys):
     runs = [train("--total-steps", 60, "--seed", 2), train("--total-steps", 60, "--save-extra-checkpoint", 20)]
     command(script, "--resume", runs[1] / "checkpoint_20.pt", "--log-interval", 1)
@@ -811,6 +822,7 @@ def test_statistics_of_known_returns():
 # Terminals, disks and the like
 
 
+@pytest.mark.slow
 def test_folders_without_a_checkpoint_are_left_out(trained, score, refused, capsys, tmp_path):
     (tmp_path / "runs" / "empty").mkdir()
     capsys.readouterr()
@@ -821,6 +833,7 @@ def test_folders_without_a_checkpoint_are_left_out(trained, score, refused, caps
     refused(lambda: score(tmp_path / "runs" / "empty"), "empty/checkpoint.pt: no such file")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_named_twice_or_by_a_link_counts_once(trained, score, capsys, tmp_path):
     (tmp_path / "runs" / "latest").symlink_to(trained)
     capsys.readouterr()
@@ -897,6 +910,7 @@ def test_seeds_are_drawn_apart_from_levels():
         assert found["value"] == 1 and found["low"] < 0.3 and found["high"] < 2.1
 
 
+@pytest.mark.slow
 def test_a_bootstrap_of_many_levels_takes_little_memory_and_is_that_of_one_piece(monkeypatch):
     """8 bytes for each of 100,000 samples of 10,000 levels would be 8 GB."""
     scores = [{"test": [np.random.default_rng(1).normal(size=(2, 300))]}]
@@ -945,6 +959,7 @@ def test_words_that_no_argument_takes_are_refused(words, expected, trained, scor
     assert end.value.code == 2 and expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train, score, refused, capsys):
     runs = [train("--total-steps", 20),
             train("--total-steps", 20, "--multi-env", "None", *FRUITBOT, "--exp-name", "one")]
@@ -954,6 +969,7 @@ def test_runs_of_different_games_are_refused_unless_told_which_to_compare(train,
     assert "srwm fruitbot " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_engines_are_closed_when_all_is_played(few_slots, monkeypatch):
     """And not when Python ends, as far as it does so in an order that suits them."""
     make_envs, made = script.make_envs, []

@@ -203,6 +203,7 @@ def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matri
     assert all(parameter.isfinite().all() for parameter in read(run / "checkpoint.pt")["model"].values())
 
 
+@pytest.mark.slow
 def test_many_updates_in_a_row_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(trained, command):
     with pytest.raises(SystemExit, match="the last checkpoint is kept: 50 updates in a row, .*, are not finite: .*loss/policy"):
         command(script, "--resume", trained, "--total-steps", 2000, "--learning-rate", 1e9, "--save-interval", 0)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import first_fast
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 
@@ -30,6 +31,7 @@ def policy(few_slots):
     return playing.Policy(script, script.Agent(args), args, greedy=True, seed=1)
 
 
+@pytest.mark.slow
 def test_a_film_shows_every_game_at_the_human_resolution(trained, score, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "SECONDS", 1)
     score("--video", "out.mp4")
@@ -153,7 +155,7 @@ def test_layers_are_recorded_where_a_copy_imported_the_function_by_its_name(monk
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("module", [script, impala_procgen_sr_delta], ids=["srwm", "sr_delta"])
+@pytest.mark.parametrize("module", first_fast(script, impala_procgen_sr_delta), ids=["srwm", "sr_delta"])
 def test_a_probe_is_a_picture(module, train, score, tmp_path):
     train("--total-steps", 20, script=module)
     score("--probe", "probe.png", "--env", "dodgeball")
@@ -323,6 +325,7 @@ def test_a_curve_is_drawn_as_means_of_neighbours():
     assert found[:5] == pytest.approx([5, 3.75, 3, 0, 0]) and found[37:44] == pytest.approx([0, 3, 3, 3, 3, 3, 0])
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, drawn):
     runs = [train("--total-steps", 20, "--seed", seed) for seed in (1, 2)]
@@ -342,6 +345,7 @@ def test_a_plot_draws_training_validation_and_scores(train, score, tmp_path, dra
     assert text.get_text() == "no return/fruitbot in TensorBoard files\nbeside the checkpoint"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, module, package", [
     ("--plot plot.png", "matplotlib", "matplotlib"), ("--plot plot.png", "PIL", "pillow"),
     ("--probe probe.png", "matplotlib", "matplotlib"), ("--video film.gif", "PIL", "pillow")])

@@ -174,6 +174,7 @@ def first_commands():
     return [words for line in text.splitlines() for words in split(line)]
 
 
+@pytest.mark.slow
 def test_the_readme_s_first_commands_install_train_and_score(project, few_slots, monkeypatch, capsys):
     """With a few steps and levels; the rest of the tests needs the first to be done."""
     install, train, *scores = first_commands()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import first_fast
 from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
@@ -74,6 +75,7 @@ def test_what_is_kept_of_a_run_is_its_command_line_arguments_scores_and_curve(sc
     assert sum(path.stat().st_size for path in kept.iterdir()) < 20_000
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_resumed_run_has_the_command_of_each_part(train, command, score):
     run = train("--total-steps", 20, "--learning-rate", 0.003)
     command(impala_procgen_srwm, "--resume", run, "--total-steps", 40, "--learning-rate", 6e-4)
@@ -112,6 +114,7 @@ def tables_on(page):
     return [[head, *body] for head, rule, *body in filter(None, found)]
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_the_report_s_numbers_are_those_of_evaluate_py(scored, score, command, capsys):
     score(scored, "--splits", "train", "1000", "--num-levels", 1, "--format", "markdown")
@@ -216,6 +219,7 @@ def test_seeds_of_one_version_of_the_script_are_one_model_and_other_levels_anoth
         (("fruitbot",), False, ((1200, 1),)): [AGENT, AGENT]}
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_versions_of_a_script_are_one_model_only_if_somebody_says_why(scored, command):
     def models():
@@ -240,6 +244,7 @@ def test_two_runs_of_one_seed_do_not_count_as_two(scored, command, capsys):
     assert len(runs) == 1 and f"has a seed of {AGENT} that is there already: 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_is_started_by_its_path_too_in_whatever_folder(tmp_path):
     words = [sys.executable, ROOT / "reporting" / "results.py", "report"]
     end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
@@ -276,6 +281,7 @@ def test_scores_in_bfloat16_are_another_table(scored, command):
         (False, ((0, 1),)), (True, ((1000, 1),))]
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_a_report_replaces_its_own_pictures_and_no_others(scored, command, refused):
     command(results, "add", scored)
@@ -384,7 +390,7 @@ def test_a_release_keeps_returns_that_its_weights_get_again(released, monkeypatc
     assert now == stored and len(stored) > 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", first_fast(*sorted((ROOT / "pretrained").glob("*.pt"))), ids=lambda path: path.stem)
 def test_a_pretrained_agent_gets_the_returns_that_stand_beside_it(path, few_slots):
     now, stored = replay(path)
     assert now == stored and len(stored) > 0 and path.stat().st_size <= 5e6

@@ -67,6 +67,7 @@ def test_without_wandb_a_run_is_not_tracked_there_and_says_why(train, capsys, mo
     assert "training goes on without Weights & Biases: import of wandb halted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_longer_schedule_is_told_when_a_run_goes_on_with_it(trained, command, capsys):
     command(script, "--resume", trained, "--total-steps", 40)
     told = "with --total-steps 40 instead of 20, the learning rate goes on at 50% of its start, not at 0%"
@@ -75,12 +76,14 @@ def test_a_longer_schedule_is_told_when_a_run_goes_on_with_it(trained, command, 
     assert "learning rate" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_six_games_may_be_named_or_left_out(train, command):
     run = train("--total-steps", 20, "--multi-env", "None", "--num-envs", 6)
     command(script, "--resume", run, "--total-steps", 40, "--multi-env", 6)
     assert read(run)["step"] == 40
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_any_of_its_checkpoints(train, command, tmp_path):
     run = train("--total-steps", 100, "--save-extra-checkpoint", 40)
     command(script, "--resume", run / "checkpoint_40.pt", "--total-steps", 80)
@@ -137,6 +140,7 @@ def test_of_two_processes_on_one_run_the_second_is_refused(tmp_path):
     assert third.wait(timeout=60) == 0 and read(run)["step"] == step + 10
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_began_with(train, command):
     """Arguments, script and srwm_cuda, from which step on."""
     run = train("--total-steps", 40)
@@ -151,6 +155,7 @@ def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_be
     assert [part["step"] for part in child["history"]] == [0] and child["before"] == [[first, second]]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_arguments_of_each_part_of_a_run(train, command):
     run = train("--total-steps", 40)
     command(script, "--resume", run, "--total-steps", 80, "--learning-rate", 0.003)
@@ -160,6 +165,7 @@ def test_tensorboard_shows_the_arguments_of_each_part_of_a_run(train, command):
     assert "- learning_rate: 0.0006\n" in shown[0] and "- learning_rate: 0.003\n" in shown[40]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_version_that_kept_the_newest_arguments_alone_goes_on(train, command):
     run = train("--total-steps", 40)
     checkpoint = torch.load(run / "checkpoint.pt")
@@ -186,6 +192,7 @@ def test_a_run_begins_with_the_weights_of_another_which_stays_as_it_is(train, tm
     assert all(torch.equal(old["model"][name], new["model"][name]) for name in old["model"])
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_can_be_resumed_and_found(train, command):
     parent = train("--total-steps", 40, "--hidden-size", 32)
     words = ["--init-from", parent / "checkpoint.pt", "--exp-name", "ft", "--resume", "auto"]
@@ -225,6 +232,7 @@ def validation(monkeypatch):
     return values
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_never_gets_worse(train, command, validation):
     validation += [0.5, 0.7, 0.6]
     run = train("--total-steps", 60)
@@ -253,6 +261,7 @@ class FullDisk:
                 self.path.symlink_to("/dev/full")
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(trained, command, validation, monkeypatch):
     FullDisk(trained / "best.pt", 1, monkeypatch)
     validation += [0.7, 0.6]
@@ -260,6 +269,7 @@ def test_a_best_checkpoint_that_could_not_be_written_is_tried_again(trained, com
     assert (read(trained / "best.pt")["best"], read(trained / "best.pt")["step"]) == (0.6, 60)
 
 
+@pytest.mark.slow
 def test_an_extra_checkpoint_that_could_not_be_written_is_tried_again(trained, command, monkeypatch):
     FullDisk(trained / "checkpoint_40.pt", 1, monkeypatch)
     command(script, "--resume", trained, "--total-steps", 80, "--save-extra-checkpoint", 40, "--save-interval", 0)
@@ -294,6 +304,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is
     assert done == [str(run / "checkpoint.tmp"), "renamed", str(run)]
 
 
+@pytest.mark.slow
 def test_where_a_folder_cannot_be_synchronized_no_file_stays_open(train, monkeypatch):
     fsync = os.fsync
 
@@ -311,6 +322,7 @@ def test_where_a_folder_cannot_be_synchronized_no_file_stays_open(train, monkeyp
 # Stopping
 
 
+@pytest.mark.slow
 def test_a_signal_is_followed_by_one_update_at_most(train, monkeypatch):
     """Wherever in an update it comes: here at its end."""
     update, calls = script.Learner.update, []
@@ -341,6 +353,7 @@ def test_closed_streams_do_not_end_a_run_nor_does_a_poor_character_set(tmp_path)
         assert end.returncode == 0 and len(list(folder.glob("runs/*/checkpoint.pt"))) == 1
 
 
+@pytest.mark.slow
 def test_another_program_may_call_main_also_in_a_thread(train, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train("--total-steps", 20)

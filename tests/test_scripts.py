@@ -108,6 +108,7 @@ def test_a_copy_that_changes_its_environments_is_scored_on_those(own_copy):
     assert (mine == engine.observe()[1]["rgb"]).all() and not (mine == usual).all()
 
 
+@pytest.mark.slow
 def test_a_copy_that_changes_its_normalization_is_scored_by_it(own_copy, train, score, tmp_path):
     ranges = '\nRETURN_RANGE = {"bigfish": {"easy": (0, 10)}, "fruitbot": {}}'
     run = train("--total-steps", 20, script=own_copy("\nMAX_SKIPPED", ranges + "\nMAX_SKIPPED"))
@@ -137,6 +138,7 @@ def test_scripts_find_their_modules_where_python_does_not_look_beside_them(tmp_p
         assert end.returncode == 0, end.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command, capsys, tmp_path):
     """Its folder has a copy; a change is told when it is resumed or scored, and makes another model."""
     first = train("--total-steps", 20, script=own_copy("return h + self.out", "return 1 * h + self.out"))

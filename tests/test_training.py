@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import first_fast
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import impala_procgen_srwm as script
@@ -156,6 +157,7 @@ def test_a_process_plays_for_several_actors():
     assert len(one_actor.workers.pids) == 2  # no process without an environment
 
 
+@pytest.mark.slow
 def test_no_two_vectors_play_the_same_nor_does_a_resumed_run_play_again(train, command, monkeypatch, tmp_path):
     make_envs = script.make_envs
 
@@ -176,6 +178,7 @@ def test_no_two_vectors_play_the_same_nor_does_a_resumed_run_play_again(train, c
     assert len({bytes(env.observe()[1]["rgb"]) for env in envs}) > 7  # of 200 levels, two may be the same
 
 
+@pytest.mark.slow
 def test_validation_plays_with_the_learner_s_weights_and_counts_its_own_episodes(train, monkeypatch):
     """Its one unroll comes after 67 updates, 3 % of their steps."""
     close, seen = script.ActorPool.close, []
@@ -316,7 +319,7 @@ def test_states_that_are_not_finite_or_beyond_the_bound_begin_anew_and_no_others
 
 
 @pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", first_fast(0.9, 0.0))
 def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
     """The next one does what it would have done without it, bit for bit."""
     with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
@@ -419,6 +422,7 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["engine", "learner"])
 def test_the_log_says_who_waits_for_whom(slow, train, monkeypatch):
     """As shares of the time: the learner for unrolls, actors for the learner, the engine's processes for actions."""
@@ -442,6 +446,7 @@ def test_the_log_says_who_waits_for_whom(slow, train, monkeypatch):
         assert 2 * learner < actors <= 1 and 0.5 < engine <= 1
 
 
+@pytest.mark.slow
 def test_a_mean_waits_until_each_environment_has_ended_an_episode(train, capsys):
     """The first to end are another kind: in maze, those that were won."""
     train("--total-steps", 20)
@@ -518,11 +523,13 @@ def test_a_resumed_run_goes_on_with_the_episodes_of_its_validation(validated, co
     assert [step for step, _ in log(validated)["valid_return/mean"]] == [40]
 
 
+@pytest.mark.slow
 def test_validation_on_other_levels_begins_without_the_episodes_before(validated, command):
     command(script, "--resume", validated, "--total-steps", 40, "--valid-start-level", 800)
     assert (7.0, 12) not in read(validated)["valid_episodes"]["fruitbot"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_time_when_validation_s_episodes_were_not_kept_is_resumed(validated, command):
     checkpoint = torch.load(validated / "checkpoint.pt")
     del checkpoint["valid_episodes"]
@@ -760,7 +767,7 @@ def test_momentum_can_be_new_in_a_resumed_run(trained, command):
     assert checkpoint["step"] == 60 and checkpoint["optimizer"]["state"][0]["momentum_buffer"].abs().max() > 0
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("words", first_fast(
     "--distribution-mode memory --num-levels 500 --multi-env 4 --num-envs 4",
     "--distribution-mode extreme --multi-env 4",
     "--distribution-mode hard --num-levels 0",
@@ -768,7 +775,7 @@ def test_momentum_can_be_new_in_a_resumed_run(trained, command):
     "--bptt-length 2 --num-layers 1 --hidden-size 64 --num-head 4",
     "--reward-clipping none --momentum 0.9 --bf16 False",
     "--reward-clipping normalize",
-])
+))
 def test_modes_and_options_train(words, train):
     run = train("--total-steps", 60, *words.split())
     assert read(run)["step"] == 60
