@@ -160,6 +160,7 @@ def test_a_state_may_have_parts_of_any_shape_and_type_each_with_its_own_bound():
         srwm_cuda.reset_diverged(state, [100.0, 100.0])
 
 
+@pytest.mark.slow
 def test_an_optimizer_may_have_two_groups_of_parameters(own_copy, train, command):
     script = own_copy("self.parameters, self.learning_rate, args.alpha",
                       "[dict(params=self.parameters[:9]), dict(params=self.parameters[9:], momentum=0.5)],"
@@ -192,6 +193,7 @@ class More:
 class EnvironmentArgs:"""
 
 
+@pytest.mark.slow
 def test_arguments_of_a_copy_of_any_type_come_back_from_a_checkpoint(own_copy, train):
     script = own_copy("@dataclass\nclass EnvironmentArgs:", TYPES, "    carry_state: bool = True", ARGUMENTS,
                       "import contextlib\n", "import contextlib\nimport enum\n",
@@ -236,6 +238,7 @@ def test_the_scripts_agents_compute_the_same_in_both_modes(stem):
     assert not script.Learner(script.Agent(args), args).modes_differ
 
 
+@pytest.mark.slow
 def test_averages_are_of_training_alone(own_copy):
     """Neither a learner's start nor an update that is not finite changes them."""
     script = copy_with(own_copy, "BatchNorm")

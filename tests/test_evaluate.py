@@ -217,6 +217,7 @@ def test_returns_are_those_of_a_loop_over_single_levels(agent, carry_state, few_
     assert returns.tolist() == [play_alone(agent, *level, carry_state=carry_state) for level in LEVELS]
 
 
+@pytest.mark.slow
 def test_a_run_s_scores_are_those_of_its_weights_on_the_levels_of_the_split(train, score):
     run = train("--total-steps", 20, "--seed", 5)
     score("--env", "dodgeball", "fruitbot", "--start-level", 1003, "--num-levels", 2)

@@ -44,6 +44,7 @@ def test_a_finished_run_says_so_and_nothing_is_written(trained, command, capsys,
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, refused, capsys, tmp_path):
     """Be it finished or not."""
     before = contents(tmp_path)

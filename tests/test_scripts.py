@@ -83,6 +83,7 @@ def apply(diff, text):
     return text
 
 
+@pytest.mark.slow
 def test_the_readme_s_ablation_in_a_user_s_copy_trains_and_is_scored(monkeypatch, train, score, tmp_path):
     """my_ablation.py, found by its name beside evaluate.py."""
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
