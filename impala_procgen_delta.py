@@ -1,8 +1,7 @@
 """IMPALA on ProcGen with a Delta Net: fast weights that a slow network programs by the delta rule.
 
 Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Irie et al., ICML 2022,
-arXiv 2202.05780). Learning: IMPALA (Espeholt et al. 2018, arXiv 1802.01561), that is asynchronous
-actors and V-trace.
+arXiv 2202.05780). Learning: IMPALA with V-trace (Espeholt et al. 2018, arXiv 1802.01561).
 
     python impala_procgen_delta.py --multi-env 6           learns six games
     python impala_procgen_delta.py --env maze              or a single one
@@ -43,6 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parent))  # where these are, also with PYTHONSAFEPATH
+import housekeeping
 import srwm_cuda
 from housekeeping import arguments, checkpoints, processes, say
 from housekeeping.arguments import Amount, Count, Fraction, Positive, PositiveAmount, Steps
@@ -558,7 +558,7 @@ def train(run, stop):
 
 # ============ housekeeping: what a run needs, and a reader of the paper does not ============
 # In order: arguments, resuming, a run with its checkpoints and its log, main. The package of this
-# name has what any program would need that trains for hours. "Processes" are torchrun's here.
+# name has the engine, and what any run of hours needs. "Processes" are torchrun's here.
 
 SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever becomes of the file
@@ -776,7 +776,8 @@ class Run:
             raise ValueError("a checkpoint cannot hold these arguments: one of them would come "
                              "back as something else")
         return dict(step=self.step, args=args, sha256=hashlib.sha256(SOURCE.encode()).hexdigest(),
-                    srwm_cuda=srwm_cuda.SHA256, processes=NUM_PROCESSES)
+                    srwm_cuda=srwm_cuda.SHA256, housekeeping=housekeeping.SHA256,
+                    processes=NUM_PROCESSES)
 
     def describe(self, games):
         """The first line."""
@@ -826,8 +827,9 @@ class Run:
             valid_names = [name for name in now if name.startswith("valid_")]
             if all(best["args"].get(name) == now[name] for name in valid_names):
                 self.best = best["best"]
-        names = [path.stem.split("_")[-1] for path in self.folder.glob("checkpoint_*.pt")]
-        kept = max([int(name) for name in names if name.isdecimal()], default=0)
+        files = self.folder.glob("checkpoint_*.pt")
+        steps = [path.stem.removeprefix("checkpoint_") for path in files]
+        kept = max([int(step) for step in steps if step.isdecimal()], default=0)
         wanted = self.args.save_extra_checkpoint or math.inf
         self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # from which step on
 

@@ -1,6 +1,11 @@
-"""What any program needs that trains for hours, and no reader of the paper does: arguments, checkpoints, log, processes."""
+"""What a run needs, and no reader of the paper: ProcGen's engine and its processes, arguments, checkpoints, log, signals."""
 
 import contextlib
+import hashlib
+import pathlib
+
+_SOURCES = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart
 
 
 def say(text, file=None):

@@ -1,5 +1,6 @@
 """Processes that torchrun starts together: who each is, and what they agree on before they train."""
 
+import contextlib
 import functools
 import os
 import time
@@ -23,11 +24,23 @@ def num_cores():
 
 def keep_to_own_cores():
     """Keeps this process, and those that it starts from now on, on its share of the cores, where torchrun started several
-    on this machine: so memory and caches of one socket serve the same processes always."""
+    on this machine: neighbours, so that memory and caches of one socket serve the same processes always. Nothing is done
+    where the launcher has already given each its own."""
     if num_cores() and NUM_LOCAL > 1 and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        if own := cores[len(cores) * LOCAL_RANK // NUM_LOCAL : len(cores) * (LOCAL_RANK + 1) // NUM_LOCAL]:
-            os.sched_setaffinity(0, own)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            cores = sorted(os.sched_getaffinity(0), key=place_of)
+            own = cores[len(cores) * LOCAL_RANK // NUM_LOCAL : len(cores) * (LOCAL_RANK + 1) // NUM_LOCAL]
+            if own and os.sched_getaffinity(os.getppid()) == set(cores):
+                os.sched_setaffinity(0, own)
+
+
+def place_of(core, root="/"):
+    """Socket, physical core and number of what Linux calls a core: it numbers the second threads of all physical cores
+    after the first ones of all sockets."""
+    folder = Path(root, f"sys/devices/system/cpu/cpu{core}/topology")
+    with contextlib.suppress(OSError, ValueError):
+        return *(int((folder / name).read_text()) for name in ("physical_package_id", "core_id")), core
+    return 0, core, core
 
 
 class Launch:

@@ -262,7 +262,7 @@ def play(script, agent, args, levels, greedy=True, seed=1, episodes=1, name="pla
     return returns
 
 
-def show_progress(name, unit, iterable=None, total=None, delay=0):
+def show_progress(name, unit, iterable=None, total=None, delay=1e-9):  # with 0, tqdm prints before anybody plays
     """A line on stderr that says how far a work is and how long it takes yet; in a file, not more than one in five
     seconds. Returns tqdm's object: a loop over the iterable, if there is one."""
     left = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"

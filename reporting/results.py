@@ -33,7 +33,6 @@ from reporting.runs import (  # noqa: E402
     import_script,
     load_run,
     read_record,
-    with_history,
 )
 
 RESULTS, POINTS = Path("results"), 200  # of a learning curve
@@ -77,7 +76,7 @@ def add(runs: tyro.conf.Positional[tuple[Path, ...]]):
         for old in folder.glob("evaluation_*.json"):
             old.unlink()
         typed = commands(checkpoint, import_script(checkpoint["script"]), folder.name)
-        arguments = {name: with_history(checkpoint)[name] for name in ("script", "step", "args", "history", "before")}
+        arguments = {name: checkpoint[name] for name in ("script", "step", "args", "history", "before")}
         write_json(folder / "arguments.json", dict(commands=typed) | arguments)
         for name, record in records.items():
             write_json(folder / name, record)
@@ -179,7 +178,7 @@ def report():
     for mode, actions, games, *rest in sorted(found, key=lambda setting: -len(found[setting])):
         runs = best_first(found[mode, actions, games, *rest])
         stem = f"{mode}_{actions}"
-        if same := sum(section.stem.startswith(stem) for section in sections):
+        if same := sum(re.fullmatch(rf"{stem}(_\d+)?", section.stem) is not None for section in sections):
             stem += f"_{same + 1}"  # of other games or levels
         other = next((agent for agent in kept("published.json", []) if agent["distribution_mode"] == mode
                       and set(agent["return"]) == set(games)), None)

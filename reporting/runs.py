@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import housekeeping
 import srwm_cuda
 from housekeeping import arguments, checkpoints, engine
 from reporting import playing
@@ -22,6 +23,7 @@ from reporting import playing
 HOME = Path(__file__).parent.parent  # where the scripts are
 RECORD = set("run file script code flags init_from trained_games seed step validation bf16 distribution_mode "
              "start_level num_levels column greedy action_seed games mean".split())  # what a record has at least
+SHARED = dict(srwm_cuda=srwm_cuda, housekeeping=housekeeping)  # what scripts import of this project
 SPLITS = {"paper": ["train", "1000", "1200", "1400"], "test": ["1000", "1200", "1400"]}
 
 
@@ -65,7 +67,7 @@ class Run:
 
 
 def script_of(path):
-    """The name of the script whose checkpoint this is. ValueError if it is none; the script itself checks the rest."""
+    """The name of the script whose checkpoint this is. ValueError if it is none; load_checkpoint checks the rest."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own for a damaged file
@@ -86,7 +88,8 @@ def import_script(name):
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
-        raise ValueError(f"the checkpoint's script, {name}, cannot be imported: {error}") from None
+        raise ValueError(f"the checkpoint's script, {name}, cannot be imported: {error}; a copy of an older version needs "
+                         "srwm_cuda/ and housekeeping/ as they were then") from None
     if not hasattr(module, "Agent"):
         raise ValueError(f"the checkpoint's script, {name}, has no Agent")
     return module
@@ -129,7 +132,7 @@ def load_run(path, args):
     if not path.is_file():
         raise ValueError(f"runs must be folders with a checkpoint.pt, or checkpoint files; {path}: no such file")
     script = import_script(script_of(path))
-    checkpoint = with_history(checkpoints.load_checkpoint(path, None))
+    checkpoint = checkpoints.load_checkpoint(path, None)
     history = resolve_history(script, checkpoint, args)
     trained, trained_games = history[0]
     mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
@@ -151,19 +154,11 @@ def load_run(path, args):
     return Run(path, script, trained, played, games, agent, splits, about)
 
 
-def with_history(checkpoint):
-    """A checkpoint with the parts of its run; one of an older version, or of a copy of an older script, has one."""
-    if "history" in checkpoint:
-        return checkpoint
-    part = dict(step=0, args=checkpoint["args"], sha256=checkpoint.get("sha256", ""))
-    before = [[dict(step=0, args=args)] for args in checkpoint.get("before", ())]
-    return checkpoint | dict(history=[part], before=before)
-
-
 def note_changes(about, path, script):
     """Says if the script, or what it imports of this project, is not what trained the run."""
-    now = dict(code=hashlib.sha256(script.SOURCE.encode()).hexdigest()[:8], srwm_cuda=srwm_cuda.SHA256[:8])
-    names = dict(code=about["script"], srwm_cuda="srwm_cuda")
+    now = dict(code=hashlib.sha256(script.SOURCE.encode()).hexdigest()[:8])
+    now |= {name: package.SHA256[:8] for name, package in SHARED.items()}
+    names = dict(code=about["script"]) | {name: name for name in SHARED}
     if changed := [names[name] for name in now if about[name] not in ("", now[name])]:
         copy = ", whose folder has a copy of the script as it was" * (about["run"] is not None)
         have = "has" if len(changed) == 1 else "have"
@@ -203,11 +198,11 @@ def flags_of(saved, script, defaults=None):
 
 
 def parts_of(parts, end, script):
-    """What trained a run until step `end`: [dict(until, flags, code, srwm_cuda, processes)], oldest first, without
+    """What trained a run until step `end`: [dict(until, flags, code, hashes of SHARED, processes)], oldest first, without
     parts that trained no step."""
     ends = [*(part["step"] for part in parts[1:]), end]
     found = [dict(until=until, flags=flags_of(part["args"], script), code=part.get("sha256", "")[:8],
-                  srwm_cuda=part.get("srwm_cuda", "")[:8], processes=part.get("processes", 1))
+                  **{name: part.get(name, "")[:8] for name in SHARED}, processes=part.get("processes", 1))
              for part, until in zip(parts, ends) if until > part["step"] or len(parts) == 1]
     return found or parts_of(parts[:1], end, script)
 
@@ -222,7 +217,7 @@ def trained_by(parts, end, script):
 def commands(checkpoint, script, name):
     """What was typed for each part of the run of this name: [dict(step, command)]."""
     typed, before = [], None
-    for part in with_history(checkpoint)["history"]:
+    for part in checkpoint["history"]:
         words = ["python", checkpoint["script"]] + ["--resume", f"runs/{name}"] * (before is not None)
         words += flags_of(part["args"], script, before).values()
         typed.append(dict(step=part["step"], command=" ".join(words)))

@@ -45,7 +45,8 @@ MANAGING = {"exp_name", "seed", "track", "profile", "cuda_graphs", "env", "multi
             "num_envs", "num_servers"}
 ELSEWHERE = ("total_steps", "distribution_mode", "num_levels", "start_level")  # what a page of results says by itself
 MANAGING_PREFIXES = ("wandb_", "log_", "save_", "valid_")
-UNKNOWN = dict(code="code unknown", srwm_cuda="srwm_cuda unknown", processes="1 process")  # where nothing is said
+VERSIONS = ("code", "srwm_cuda", "housekeeping")
+UNKNOWN = {name: f"{name} unknown" for name in VERSIONS} | dict(processes="1 process")  # where nothing is said
 
 
 def learned_from(part):
@@ -60,9 +61,8 @@ def learned_from(part):
 
 
 def versions(part):
-    """Of what text its script and srwm_cuda were: {name: words for it}; a record need not know."""
-    found = dict(code=f"code {part['code']}", srwm_cuda=f"srwm_cuda {part.get('srwm_cuda')}")
-    return {name: words for name, words in found.items() if part.get(name)}
+    """Of what text its script and what that imports were: {name: words for it}; a record need not know."""
+    return {name: f"{name} {part[name]}" for name in VERSIONS if part.get(name)}
 
 
 def earlier_parts(run):
@@ -120,7 +120,7 @@ def name_models(records, everything=False):
     for record in records:
         others = [features(other) for other in records if other["script"] == record["script"]]
         differs = [words for name, words in features(record).items()  # code of weights to begin with, if two had some
-                   if everything and name not in ("games", "code", "srwm_cuda", "init_from_code")
+                   if everything and name not in ("games", *VERSIONS, "init_from_code")
                    or any(other.get(name, words if name == "init_from_code" else None) != words for other in others)]
         names.append(" ".join([scripts[record["script"]], *differs]))
     return names

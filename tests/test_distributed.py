@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import impala_procgen_srwm as script
-from housekeeping import checkpoints, processes
+from housekeeping import checkpoints, launch, processes
 
 ROOT = Path(__file__).parent.parent
 WORDS = "--no-cuda --multi-env 2 --num-actors 1 --num-envs 4 --unroll-length 5 --batch-size 4 --log-interval 0".split()
@@ -20,9 +20,9 @@ STEPS = 40  # of an update of two processes
 
 
 def torchrun(folder, script, *words, machine=("--standalone", "--nproc-per-node", "2"), options=(), **keywords):
-    launch = [sys.executable, "-m", "torch.distributed.run", *machine, *options]
+    command = [sys.executable, "-m", "torch.distributed.run", *machine, *options]
     environment = os.environ | dict(PYTHONPATH=f"{folder}:{ROOT}", OMP_NUM_THREADS="1")
-    return subprocess.Popen([*launch, ROOT / script, *WORDS, *map(str, words)], cwd=folder, env=environment, text=True,
+    return subprocess.Popen([*command, ROOT / script, *WORDS, *map(str, words)], cwd=folder, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
 
 
@@ -192,3 +192,14 @@ def test_a_signal_stops_all_processes_after_the_same_update(tmp_path):
     assert "saved runs/" in out, out
     state = checkpoint(tmp_path)
     assert state["optimizer"]["state"][0]["step"] == state["step"] / STEPS
+
+
+def test_cores_are_neighbours_by_socket_and_physical_core(tmp_path):
+    """As on two sockets of two cores with two threads each, whose second threads Linux numbers last."""
+    for core, (package, physical) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)] * 2):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{core}/topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{package}\n")
+        (folder / "core_id").write_text(f"{physical}\n")
+    assert sorted(range(8), key=lambda core: launch.place_of(core, tmp_path)) == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert sorted([2, 10, 1], key=lambda core: launch.place_of(core, tmp_path / "nowhere")) == [1, 2, 10]

@@ -256,10 +256,10 @@ def test_turns_and_the_engine_s_threads_change_nothing(greedy, few_slots, monkey
 
     args = script.Args(cuda=False, bf16=False)
     inline = playing.play(script, SRWM, args, LEVELS, greedy)
-    monkeypatch.setattr(script, "record_event", Event)
+    monkeypatch.setattr(playing.srwm_cuda, "record_event", Event)
     monkeypatch.setattr(playing, "ENGINE_THREADS", {"cpu": 2})
     monkeypatch.setattr(playing, "TURNS", {"cpu": 3})
-    monkeypatch.setattr(script, "num_cores", lambda: 1)
+    monkeypatch.setattr(playing, "num_cores", lambda: 1)
     assert playing.play(script, SRWM, args, LEVELS, greedy).tolist() == inline.tolist()
 
 

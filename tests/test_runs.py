@@ -16,6 +16,7 @@ import torch
 from conftest import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import housekeeping
 import impala_procgen_ff
 import impala_procgen_srwm as script
 import srwm_cuda
@@ -152,6 +153,7 @@ def test_a_checkpoint_keeps_what_trained_each_part_of_its_run_and_of_those_it_be
     assert changed == {"total_steps", "learning_rate"} and second["args"] == read(run)["args"]
     assert first["sha256"] == second["sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     assert first["srwm_cuda"] == second["srwm_cuda"] == srwm_cuda.SHA256 and first["processes"] == 1
+    assert first["housekeeping"] == second["housekeeping"] == housekeeping.SHA256
     child = read(train("--total-steps", 20, "--init-from", run))
     assert [part["step"] for part in child["history"]] == [0] and child["before"] == [[first, second]]
 
