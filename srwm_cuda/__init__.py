@@ -19,14 +19,14 @@ import torch.utils.hooks
 
 from . import cnn, delta_rule_op, kernels, reference, srwm_op
 from .cnn import is_impala_cnn
-from .flags import Flags, lock_pages
+from .flags import Flags
 from .graphs import capture, compile, record_event, synchronize
 from .kernels import KERNEL_HEAD_SIZES, MAX_COLUMNS
 from .weights import Weights, acting_logits, prepare_optimizer, reset_diverged, try_both_modes
 
 __all__ = ["Flags", "Weights", "acting_logits", "capture", "check_heads", "compile", "delta_rule", "impala_cnn",
-           "is_impala_cnn", "lock_pages", "prepare_optimizer", "record_event", "reference",
-           "register_forward_hook", "reset_diverged", "srwm", "synchronize", "try_both_modes"]
+           "is_impala_cnn", "prepare_optimizer", "record_event", "reference", "register_forward_hook", "reset_diverged",
+           "srwm", "synchronize", "try_both_modes"]
 
 _SOURCES = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu", ".cuh"))
 SHA256 = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()  # by which a run tells versions apart
