@@ -21,7 +21,7 @@ class Section:
     stem: str  # of its files' names
     runs: list  # as reporting.tables wants them, the best agent first
     rows: list  # of reporting.tables.tabulate
-    published: dict | None  # an agent of others, to compare with
+    published: list  # agents of others, to compare with
 
     def __post_init__(self):
         self.record = self.runs[0].records[0]
@@ -60,14 +60,16 @@ class Section:
         shown = [column for column in self.columns if column != "gap"]
         lines = [[agent, millions(self.steps[agent]), str(self.seeds(agent)),
                   *(self.cell(agent, column) for column in shown)] for agent in self.agents]
-        if self.published and shown == ["train", "test"]:
-            mean, steps = self.published["normalized_return"]["mean"], self.published["steps"]
-            better = [self.found["all", self.measure, agent, None, "test"]["value"] >= mean["test"][-1]
-                      for agent in self.agents]
-            lines.insert((better + [False]).index(False), [
-                f"{self.published['name']} ([published by {self.published['by']}]({self.published['source']}))",
-                f"{millions(steps[-1])} in all", str(self.published["seeds"]),
-                *(f"{mean[column][-1]:.3f}" for column in shown)])
+        if shown == ["train", "test"]:
+            tests = [self.found["all", self.measure, agent, None, "test"]["value"] for agent in self.agents]
+            for other in self.published:
+                mean, steps = other["normalized_return"]["mean"], other["steps"]
+                at = ([test >= mean["test"][-1] for test in tests] + [False]).index(False)
+                tests.insert(at, mean["test"][-1])
+                lines.insert(at, [
+                    f"{other['name']} ([published by {other['by']}]({other['source']}))",
+                    f"{millions(steps[-1])} in all", str(other.get("seeds", "")),
+                    *(f"{mean[column][-1]:.3f}" if column in mean else "" for column in shown)])
         return markdown(["agent", "steps", "seeds", *(HEADS[column] for column in shown)], lines)
 
     def games(self):
@@ -119,8 +121,9 @@ class Section:
                f"{'bfloat16' if self.record['bf16'] else 'float32'}. [All numbers]({self.stem}.csv), also of all "
                "pairs of agents and of the IQM.")
         yield self.scores()
-        if self.published:
-            yield f"{self.published['name']}: {self.published['about']}"
+        for about in dict.fromkeys(other["about"] for other in self.published):
+            names = [other["name"] for other in self.published if other["about"] == about]
+            yield f"{' and '.join(names)}: {about}"
         yield "Returns of each game, " + " / ".join(HEADS[column] for column in self.columns if column != "gap") + ":"
         yield self.games()
         for file, group in self.pictures().items():

@@ -153,7 +153,7 @@ def tables_of(folders):
 def kept(name, default):
     """What somebody has written into a file of results/, if it is there. versions.json: versions of scripts that count
     as one, [{"codes": [...], "why": ...}]; recipes.json: sets of flags that have a name, {name: flags}; published.json:
-    agents of others, to compare with."""
+    agents of others, to compare with; the first that has training returns is in the pictures."""
     path = RESULTS / name
     return json.loads(path.read_text()) if path.is_file() else default
 
@@ -180,14 +180,15 @@ def report():
         stem = f"{mode}_{actions}"
         if same := sum(re.fullmatch(rf"{stem}(_\d+)?", section.stem) is not None for section in sections):
             stem += f"_{same + 1}"  # of other games or levels
-        other = next((agent for agent in kept("published.json", []) if agent["distribution_mode"] == mode
-                      and set(agent["return"]) == set(games)), None)
-        sections.append(page.Section(stem, runs, tables.tabulate(runs), other))
+        others = [agent for agent in kept("published.json", []) if agent["distribution_mode"] == mode
+                  and set(agent["return"]) == set(games)]
+        sections.append(page.Section(stem, runs, tables.tabulate(runs), others))
+        drawn = next((agent for agent in others if "train" in agent["normalized_return"]["mean"]), None)
         curves = {run.path: read_curve(run.path / "curve.csv") for run in runs}
         for picture, models in sections[-1].pictures().items():
             shown = [run for run in runs if run.model in models]
             plots.append((shown, [row for row in sections[-1].rows if row["model"] in models],
-                          [curves[run.path] for run in shown], RESULTS / picture, other))
+                          [curves[run.path] for run in shown], RESULTS / picture, drawn))
     before = re.findall(r"\]\((\w+\.(?:png|csv))\)", target.read_text()) if target.is_file() else []
     for name in before:  # now that all could be read
         (RESULTS / name).unlink(missing_ok=True)

@@ -166,7 +166,7 @@ def scores(model, steps, value, seed=1, returns=(5, 10)):
     return results.Scored(Path(f"{model}_{seed}"), records, model)
 
 
-def section(*runs, published=None):
+def section(*runs, published=()):
     return page.Section("easy", list(runs), tables.tabulate(list(runs)), published)
 
 
@@ -188,11 +188,16 @@ def test_a_table_of_games_without_a_range_has_no_column_for_normalized_returns(r
 
 
 def test_an_agent_that_others_published_stands_where_its_test_score_belongs():
-    other = dict(name="PPO", by="somebody", source="https://x.org", about="", seeds=3, steps=[1, 2 * 10**6],
+    other = dict(name="PPO", by="somebody", source="https://x.org", about="a caveat", seeds=3, steps=[1, 2 * 10**6],
                  normalized_return=dict(mean=dict(train=[0, 0.9], test=[0, 0.6])))
-    (table,) = tables_on(section(scores("a", 10**6, 9.0), scores("b", 10**6, 7.0), published=other).scores())
-    assert [line[0] for line in table] == ["agent", "a", "PPO ([published by somebody](https://x.org))", "b"]
-    assert table[2][1:] == ["2 M in all", "3", "0.900", "0.600"]
+    best = other | dict(name="PPG", steps=[5 * 10**6], normalized_return=dict(mean=dict(test=[0.7])))
+    del best["seeds"]
+    found = section(scores("a", 10**6, 9.0), scores("b", 10**6, 7.0), published=[other, best])
+    (table,) = tables_on(found.scores())
+    by = "([published by somebody](https://x.org))"
+    assert [line[0] for line in table] == ["agent", "a", f"PPG {by}", f"PPO {by}", "b"]
+    assert [line[1:] for line in table[2:4]] == [["5 M in all", "", "", "0.700"], ["2 M in all", "3", "0.900", "0.600"]]
+    assert "PPO and PPG: a caveat" in found.parts()
 
 
 def test_the_readme_shows_the_page_s_first_table():
