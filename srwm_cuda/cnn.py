@@ -43,11 +43,14 @@ def is_known_text(source, *classes):
     return hashlib.sha256(text.encode()).hexdigest() == KNOWN_TEXT and all(name == own for name, own in methods)
 
 
-@torch.compiler.assume_constant_result
 def kernels_run_on(device):
     """Whether that GPU can run the kernels, and they compile."""
     architecture, kernel = kernels.architecture_of(device), f"layer_backward<32, 16, 16, FIRST, 1, {_buffers(device)}>"
     return architecture >= 80 and kernels.can_compile("impala_cnn.cu", kernel, architecture, device)
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler: half of the seconds of every start.
+kernels_run_on._dynamo_marked_constant = True
 
 
 def _buffers(device):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -41,6 +42,12 @@ def test_only_evaluate_py_imports_reporting():
 
 def test_reporting_does_not_import_evaluate():
     assert not [path for path in (ROOT / "reporting").glob("*.py") if "evaluate" in imported(path)]
+
+
+@pytest.mark.parametrize("module", ["evaluate", "impala_procgen_srwm"])
+def test_a_start_does_not_wait_for_the_import_of_pytorch_s_compiler(module):
+    program = f"import sys, {module}; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True)
 
 
 def test_no_script_in_particular_is_needed_to_evaluate():

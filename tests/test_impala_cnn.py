@@ -1,6 +1,7 @@
 """IMPALA's CNN: who takes the kernels, what they refuse, and what they compute, against float64 and PyTorch's bfloat16."""
 
 import functools
+import os
 import types
 
 import pytest
@@ -82,6 +83,18 @@ def test_no_block_asks_for_more_shared_memory_than_it_may_have(shared_memory, mo
     asked = launches(shared_memory, monkeypatch)
     assert {name.split("<")[0] for name in asked} == {"pack", "section_forward", "layer_backward", "frames_backward"}
     assert max(asked.values()) <= shared_memory * 1024
+
+
+def test_torch_compile_asks_once_whether_the_kernels_run(monkeypatch):
+    def architecture_of(device):
+        asked.append(os.listdir())  # which cannot be compiled
+        return 70
+
+    asked, gpu = [], types.SimpleNamespace(shared_memory_per_block_optin=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(kernels, "architecture_of", architecture_of)
+    add = torch.compile(lambda x: x + (2 if cnn.kernels_run_on(x.device) else 1), backend="eager", fullgraph=True)
+    assert add(torch.zeros(())) == add(torch.zeros(())) == 1 and len(asked) == 1
 
 
 def assert_compiles(kernel, architecture):
