@@ -2,7 +2,7 @@
 # EnvPool 1.2.5 plays ProcGen with an engine of its own build (Linux, x86-64, Python 3.11; it needs Qt 5, which
 # PyQt5-Qt5 5.15.19 brings here). Its levels are ProcGen's, and their first frames those of OpenAI's package,
 # procgen 0.10.7, byte for byte but for a few bytes of one frame of dodgeball; procgen-mirror 0.10.7 draws coinrun and
-# six other games otherwise than both. A step of EnvPool's takes more processor time.
+# five other games otherwise than both. A step of EnvPool's takes more processor time.
 #
 # Seen on 30 November 2026 in easy mode, 96 environments of each of the 16 games with seed 7, levels 0 to 199. A step
 # of bigfish, of all threads, medians of seven turns on two cores of an AMD EPYC that others used too: 32 microseconds
