@@ -21,6 +21,34 @@ def test_without_a_gpu_the_kernels_benchmark_ends_in_one_line():
     assert ended.stderr == "kernels.py: error: the kernels run on a CUDA GPU, and there is none\n"
 
 
+def started(*words):
+    command = [sys.executable, ROOT / "benchmarks" / "engine.py", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="for which there is no procgen")
+def test_of_processes_that_play_those_forked_after_an_engine_take_the_least_memory():
+    """And the fork server's, when it has an engine: the pictures are there once, 350 MB, and not three times."""
+    ended = started("--processes", "3", "--num-envs", "6", "--turns", "1")
+    assert ended.stderr == "" and ended.returncode == 0
+    rows = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines()[2:]]
+    memory = {way: float(cells[-1]) for way, *cells in rows}
+    once = {way for way, each in memory.items() if each < 0.6}
+    assert len(memory) == 5 and once == {"forked after a first engine", "from a fork server with an engine"}
+    assert all(each > 0.9 for way, each in memory.items() if way not in once)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="for which there is no procgen")
+@pytest.mark.parametrize("words, said", [
+    ("--processes 0", "--processes must be positive, got 0"), ("--turns -1", "--turns must be positive, got -1"),
+    ("--num-envs 8", "--num-envs must be a positive multiple of 6, the number of games, got 8")])
+def test_the_engine_s_benchmark_names_an_argument_that_is_wrong(words, said):
+    ended = started(*words.split())
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.endswith(f"engine.py: error: {said}\n")
+
+
 @pytest.mark.slow
 def test_a_benchmark_s_runs_are_not_the_newest_to_evaluate(monkeypatch, tmp_path):
     """Wherever it is started: here a run that ends at once."""
