@@ -264,9 +264,10 @@ def play(script, agent, args, levels, greedy=True, seed=1, episodes=1, name="pla
 
 def show_progress(name, unit, iterable=None, total=None, delay=1e-9):  # with 0, tqdm prints before anybody plays
     """A line on stderr that says how far a work is and how long it takes yet; in a file, not more than one in five
-    seconds. Returns tqdm's object: a loop over the iterable, if there is one."""
-    left = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
-    return tqdm(iterable, desc=name, unit=unit, total=total, delay=delay, smoothing=0, dynamic_ncols=True,
+    seconds. Where the terminal ends, a long name is cut off. Returns tqdm's object: a loop over the iterable, if there
+    is one."""
+    left = "{percentage:3.0f}%|{bar:10}| {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix} | {desc}"
+    return tqdm(iterable, desc=name, unit=unit, total=total, delay=delay, smoothing=0, dynamic_ncols=True, miniters=0,
                 mininterval=0.2 if sys.stderr.isatty() else 5, bar_format=left if total or iterable else None)
 
 

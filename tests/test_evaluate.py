@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -353,7 +354,29 @@ def test_progress_is_one_line_that_says_how_long_it_takes_yet(terminal, few_slot
     playing.play(script, Clock(), script.Args(cuda=False), [("maze", level) for level in range(4)], name="runs/A")
     states = sys.stderr.getvalue().split("\r")
     assert "\n" not in "".join(states[:-1]) and states[-1].endswith("\n")
-    assert "runs/A: 100%" in states[-1] and "4 of 4 episodes" in states[-1] and "steps/s" in states[-1]
+    assert states[-1].startswith("100%") and states[-1].rstrip().endswith("| runs/A")
+    assert "4 of 4 episodes" in states[-1] and "steps/s" in states[-1]
+
+
+def test_progress_moves_while_nothing_ends(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(True))
+    line = playing.show_progress("runs/A", "episodes", total=4)
+    line.update(3)
+    for _ in range(2):
+        before = sys.stderr.getvalue()
+        time.sleep(line.mininterval)
+        line.update(0)
+        assert "75%" in sys.stderr.getvalue()[len(before):]
+
+
+def test_a_long_name_leaves_room_for_the_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(True))
+    line = playing.show_progress("runs/" + "a" * 80, "episodes", total=4)
+    line.dynamic_ncols, line.ncols = None, 80
+    line.update(1)
+    line.refresh()
+    state = sys.stderr.getvalue().split("\r")[-1]
+    assert "left | runs/aaa" in state and len(state) == 80
 
 
 def test_in_a_file_progress_is_seldom_written(monkeypatch):

@@ -76,6 +76,13 @@ def test_a_film_shows_levels_that_are_solved_and_says_of_how_many(first, count, 
     assert capsys.readouterr().err.splitlines()[-1] == said
 
 
+def test_the_search_for_levels_to_film_says_how_far_it_is(mazes, capsys):
+    run, policy = mazes
+    run.splits = [runs.Split(1001, 1, "test")]
+    pictures.choose_levels(run, policy)
+    assert "60 of 60 steps" in capsys.readouterr().err
+
+
 def test_a_game_whose_levels_last_longer_than_the_film_shows_those_that_have_not_ended(mazes, monkeypatch):
     run, policy = mazes
     monkeypatch.setattr(pictures, "SECONDS", 1)
