@@ -291,6 +291,11 @@ def test_the_container_has_what_the_readme_says_is_needed_and_its_command_is_acc
     assert follow(json.loads(command)) is None and len(text.splitlines()) <= 10
 
 
+def test_what_git_ignores_the_container_leaves_out_too():
+    ignored, left_out = ((ROOT / name).read_text().split() for name in (".gitignore", ".dockerignore"))
+    assert {name.rstrip("/") for name in ignored} | {".git"} == {name.removeprefix("**/") for name in left_out}
+
+
 def test_the_lines_of_python_that_load_an_agent_and_let_it_act_do_so(project, monkeypatch):
     monkeypatch.chdir(project)
     (text,) = [text for language, text in blocks("docs/evaluation.md") if language == "python"]
