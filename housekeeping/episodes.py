@@ -11,7 +11,6 @@ class Episodes:
 
     def __init__(self, games, saved=None):
         self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
-        self.continued = any(self.recent.values())
 
     def add(self, game, episode_return, length):
         self.recent[game].append((float(episode_return), int(length)))
@@ -68,6 +67,6 @@ class Episodes:
 
 
 def each_has_ended(pool):
-    """Whether each environment of a pool's actors has ended an episode. A mean before that is one of the episodes that end
-    first, which are another kind, such as won mazes."""
-    return pool.episodes.continued or all((actor.totals[2] > 0).all() for actor in pool.actors)
+    """Whether each environment of a pool's actors has ended an episode since the run began, or was resumed. A mean before
+    that is one of the episodes that end first, which are another kind, such as won mazes."""
+    return all((actor.totals[2] > 0).all() for actor in pool.actors)

@@ -462,6 +462,15 @@ def test_a_mean_waits_until_each_environment_has_ended_an_episode(train, capsys)
     assert len(episodes.recent["fruitbot"]) >= 6
 
 
+@pytest.mark.slow
+def test_a_mean_waits_once_more_after_a_resume(train, trained, capsys):
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    recent = {game: [(10.0, 3)] * 50 for game in checkpoint["episodes"]}
+    torch.save(checkpoint | {"episodes": recent}, trained / "checkpoint.pt")
+    train("--resume", trained, "--total-steps", 40)
+    assert f"left | {50 * len(recent)} episodes, not yet one of each environment\n" in capsys.readouterr().out
+
+
 def test_a_run_says_at_once_how_many_steps_it_will_learn_from(train, trained, capsys):
     """One with the weights of another too: they do not bring their number along."""
     train("--init-from", trained, "--total-steps", 40, "--exp-name", "other")
