@@ -107,7 +107,7 @@ def choose_levels(run, policy):
     todo = {name: iter(range(split.first, split.first + split.count)) for name in run.games}
     scenes = [Scene(name, todo[name], policy, slot) for slot, name in enumerate(run.games * each)]
     solved, other = ({name: [] for name in run.games} for _ in range(2))
-    for _ in show_progress("looking for levels that it solves", "steps", range(FPS * SECONDS)):
+    for _ in show_progress("looking for solved levels", "steps", range(FPS * SECONDS)):
         actions = policy.act()
         for scene in list(scenes):
             scene.step(actions)
