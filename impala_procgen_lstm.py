@@ -900,8 +900,11 @@ class Run:
         if not written:
             sys.exit(1)
         if RANK == 0:
+            args, ended = self.args, self.step >= self.args.total_steps
+            few = " --splits train --no-greedy --episodes 20" * (0 < args.num_levels < 20)
+            more = f" --total-steps {2 * args.total_steps}" * ended
             say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}\nnext: python "
-                f"evaluate.py {self.folder}, or python {SCRIPT} --resume {self.folder}")
+                f"evaluate.py {self.folder}{few}, or python {SCRIPT} --resume {self.folder}{more}")
 
     def write(self, name, best=-math.inf):
         """Writes a checkpoint of this name. Returns whether it could."""

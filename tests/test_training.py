@@ -581,11 +581,17 @@ def test_validation_plays_its_own_levels_and_nothing_is_learned_from_it():
     assert all(torch.equal(old, new) for old, new in zip(before, learner.agent.parameters()))
 
 
-def test_a_run_ends_with_the_commands_that_come_next(train, capsys):
-    run = train("--total-steps", 20)
-    run = Path("runs", run.name)
-    next_line = f"next: python evaluate.py {run}, or python impala_procgen_srwm.py --resume {run}"
-    assert capsys.readouterr().out.splitlines()[-1] == next_line
+@pytest.mark.parametrize("levels, how", [(200, ""), (1, " --splits train --no-greedy --episodes 20")])
+def test_a_run_ends_with_the_commands_that_come_next(levels, how, train, capsys):
+    run = Path("runs", train("--total-steps", 20, "--num-levels", levels).name)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"next: python evaluate.py {run}{how}, or python impala_procgen_srwm.py --resume {run} --total-steps 40")
+
+
+def test_a_run_that_was_stopped_names_how_it_goes_on(train, capsys, monkeypatch):
+    monkeypatch.setattr(script.Stop, "agreed", lambda stop, device: True)
+    run = Path("runs", train().name)
+    assert capsys.readouterr().out.endswith(f"impala_procgen_srwm.py --resume {run}\n")
 
 
 def test_a_resumed_run_goes_on(train, command):
