@@ -49,7 +49,8 @@ def kernels_run_on(device):
     return architecture >= 80 and kernels.can_compile("impala_cnn.cu", kernel, architecture, device)
 
 
-# What torch.compiler.assume_constant_result does, but that imports the compiler: half of the seconds of every start.
+# What torch.compiler.assume_constant_result does. But that imports the compiler, for which evaluation has no use and which
+# takes as long as PyTorch itself.
 kernels_run_on._dynamo_marked_constant = True
 
 
