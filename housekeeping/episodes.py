@@ -28,8 +28,7 @@ class Episodes:
 
     def reward_scale(self, B):
         """(1, B): one over the spread of each environment's game."""
-        games = list(self.recent) * (B // len(self.recent))
-        return 1 / torch.tensor([[self.spread(game) for game in games]])
+        return 1 / torch.tensor([self.spread(game) for game in self.recent]).repeat(1, B // len(self.recent))
 
     def full(self):
         return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())
