@@ -63,7 +63,7 @@ class EnvironmentArgs:
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels
     num_actors: Positive | None = None  # actor threads (None: by the number of cores)
-    num_envs: Positive | None = None  # environments of each (None: at least 90, on a CPU 36)
+    num_envs: Positive | None = None  # environments of each (None: 45 to 90 or more; on a CPU 36)
     num_servers: Positive | None = None  # processes of the engine (None: one for each core)
 
 
@@ -351,7 +351,7 @@ class ActorPool:
             self.free.put(Unroll(self.actors[0].agent, args.unroll_length, args.num_envs))
         self.threads = [threading.Thread(target=self.run, args=pair, daemon=True)
                         for pair in zip(self.actors, self.queues)]
-        self.turn, self.error, self.learner_waited = 0, None, 0.0  # seconds, for full unrolls
+        self.turn, self.error = 0, None
 
     def start(self):
         srwm_cuda.synchronize()  # with the stream on which the actors' tensors were made
@@ -374,17 +374,14 @@ class ActorPool:
 
     def get(self):
         """The next full unroll, for which a deterministic actor plays now; None after a signal."""
-        begin, unroll = time.monotonic(), None
         if self.args.deterministic:
             srwm_cuda.synchronize()  # with the stream that publishes weights
             self.queues[self.turn % len(self.actors)].put(self.free.get())
             self.turn += 1
-        while unroll is None and not self.stop.now():
+        while not self.stop.now():
             self.check()
             with contextlib.suppress(queue.Empty):
-                unroll = self.full.get(timeout=0.5)
-        self.learner_waited += time.monotonic() - begin
-        return unroll
+                return self.full.get(timeout=0.5)
 
     def check(self):
         """Raises what an actor died of, and an error if a process of the engine died or hangs."""
@@ -401,19 +398,19 @@ class ActorPool:
 
 class Learner:
     """Agent, optimizer and the update: forward, V-trace, backward, clipping and RMSprop. On a GPU,
-    an update is two CUDA graphs."""
+    an update is two CUDA graphs, which this thread queues without waiting for their end."""
 
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args, self.weights = agent, args, srwm_cuda.Weights(agent)
         self.parameters = list(agent.parameters())
-        self.learning_rate = self.parameters[0].new_tensor(args.learning_rate)  # read by a graph
+        self.learning_rate, self.told = self.parameters[0].new_tensor([args.learning_rate, 0])
         self.optimizer = torch.optim.RMSprop(
             self.parameters, self.learning_rate, args.alpha, args.epsilon, momentum=args.momentum,
             foreach=args.cuda, capturable=args.cuda)
-        srwm_cuda.prepare_optimizer(self.optimizer, optimizer_state)
+        self.averages = srwm_cuda.prepare_optimizer(self.optimizer, optimizer_state)
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # in use, and its first environment not learned from
-        self.names = ()  # of statistics
+        self.names, self.reports = (), srwm_cuda.Reports()
         # Whether train() and eval() do, as with BatchNorm; this changes the weights a little.
         self.modes_differ = srwm_cuda.try_both_modes(agent, *self.batch.inputs, self.batch.state)
         self.backward_graph = self.step_graph = None
@@ -468,7 +465,7 @@ class Learner:
         baseline_loss = 0.5 * (vs - values).square().sum()
         entropy = -(log_pi.exp() * log_pi).sum()
         loss = policy_loss + args.baseline_cost * baseline_loss - args.entropy_cost * entropy
-        lag = self.weights.newest - batch.version  # (T, B), in updates
+        lag = self.weights.version - batch.version  # (T, B), in updates
         sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/entropy": entropy,
                 "loss/total": loss, "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum(),
                 "policy_lag": lag.sum()}
@@ -481,41 +478,42 @@ class Learner:
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
+        statistics |= dict(learning_rate=self.learning_rate, told=self.told)
         unused = [name for name, x in self.agent.named_parameters() if x.grad is None]
         if unused and not self.names:  # the first time
             say(f"no gradient reaches {', '.join(unused)}")
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.parameters]
         self.joint = torch.cat([x.flatten() for x in (*gradients, *statistics.values())])
-        self.names, number = list(statistics), len(statistics)
+        self.names, number = [*statistics, "gradient_norm"], len(statistics)
         self.gradient, self.statistics = self.joint[:-number], self.joint[-number:]
 
     @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient."""
-        self.gradient *= (self.args.grad_norm_clipping / (self.gradient.norm() + 1e-6)).clamp(max=1)
+        """One step of RMSprop with the clipped gradient; none, if not all is finite."""
+        norm, averages = self.gradient.norm(), self.averages.clone()
+        self.report = torch.cat([self.statistics, norm.view(1)])
+        self.gradient *= (self.args.grad_norm_clipping / (norm + 1e-6)).clamp(max=1)
         parts = self.gradient.split([x.numel() for x in self.parameters])
         for parameter, part in zip(self.parameters, parts):
             parameter.grad = part.view_as(parameter)
         self.optimizer.step()
+        finite = self.report.isfinite().all()
+        self.averages.copy_(torch.where(finite, self.averages, averages))
+        self.weights.publish(finite)
 
-    def update(self, learning_rate):
-        """One update on all processes' batches, if all is finite. Returns statistics, and if so."""
+    def update(self, learning_rate, told=False):
+        """Queues an update on all processes' batches. One that is told to stop tells the others."""
         self.learning_rate.fill_(learning_rate)
+        self.told.fill_(told)
+        begun = srwm_cuda.record_event()
         (self.backward_graph or self.backward)()
         if dist.is_initialized():
             dist.all_reduce(self.joint)
             self.joint /= dist.get_world_size()  # each process has a batch of batch_size
             for buffer in self.agent.buffers():  # averages of BatchNorm
                 dist.broadcast(buffer, src=0)
-        values = torch.cat([self.statistics, self.gradient.norm().view(1)])
-        srwm_cuda.synchronize()  # sleeps until the GPU is done: tolist() would keep a core busy
-        statistics = dict(zip([*self.names, "gradient_norm"], values.tolist()))
-        if finite := all(map(math.isfinite, statistics.values())):
-            (self.step_graph or self.step)()
-        else:
-            self.weights.restore()  # averages of BatchNorm, which may not be finite either
-        self.weights.publish()
-        return statistics, finite
+        (self.step_graph or self.step)()
+        self.reports.add(self.names, self.report, begun)
 
 
 def train(run, stop):
@@ -524,16 +522,18 @@ def train(run, stop):
     with run.parts:  # which are closed in the end, the last first
         learner = run.learner = Learner(run.agent, args, run.optimizer_state)
         pool = run.pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop,
-                                    num_unrolls=args.num_actors + 1)  # more: more policy_lag
+                                    num_unrolls=args.num_actors + 2)  # more: more policy_lag
         run.parts.callback(pool.close)
         run.open(stop)  # its log, its validation, and the connection of several processes
         stop.training = True  # from now on, signals save
         pool.start()  # after the last capture, beside which no thread may use CUDA
-        while run.step < args.total_steps and not stop.agreed(learner.learning_rate.device):
+        step = run.step  # run.step is that of updates that are done, this of those that are queued
+        while step < run.end:
             if not learner.fill(pool):
                 break
-            learning_rate = args.learning_rate * (1 - run.step / args.total_steps)
-            run.count(*learner.update(learning_rate))
+            learner.update(args.learning_rate * (1 - step / args.total_steps), stop.is_set())
+            step += run.step_size
+            run.count()
             run.validate()
             run.log()
             run.save()
@@ -623,25 +623,25 @@ def check_args(args):
 
 
 def resolve_args(given):
-    """Checks the arguments and fills in what is None. A checkpoint keeps the None: each machine
-    decides anew. Returns them and the games. Raises ValueError."""
+    """Checked arguments without None, which a checkpoint keeps, and the games, or ValueError."""
     args, games = replace(given), check_args(given)
     if args.bf16 is None:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         args.bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if args.cuda
                      else any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
-    args.num_servers = args.num_servers or num_cores()
-    args.num_actors = args.num_actors or max(2, min(8, num_cores() // 2))
+    cores = num_cores()
+    args.num_servers = args.num_servers or cores
+    args.num_actors = args.num_actors or max(2, min(8, cores if args.cuda else cores // 2))
     if args.num_envs is None:
-        least = max(90 if args.cuda else 36, math.ceil(args.batch_size / args.num_actors))
+        usual = min(90, 45 * max(4, cores) // args.num_actors) if args.cuda else 36
+        least = max(usual, math.ceil(args.batch_size / args.num_actors))
         args.num_envs = math.ceil(least / len(games)) * len(games)
     if args.num_envs % len(games):
         raise ValueError(f"--num-envs must be a multiple of {len(games)}, the number of games, got "
                          f"{args.num_envs}")
-    if args.batch_size > args.num_actors * args.num_envs:
-        raise ValueError(f"--batch-size must be at most {args.num_actors * args.num_envs}, the "
-                         "number of all environments (--num-actors times --num-envs), got "
-                         f"{args.batch_size}")
+    if args.batch_size > (most := args.num_actors * args.num_envs):
+        raise ValueError(f"--batch-size must be at most {most}, the number of all environments "
+                         f"(--num-actors times --num-envs), got {args.batch_size}")
     return args, games
 
 
@@ -654,8 +654,7 @@ def from_plain(plain):
 
 
 def parse_args(launch):
-    """The arguments as given, and what to begin with: the checkpoint of a run that continues,
-    weights, or nothing."""
+    """The arguments as given, and a checkpoint to begin with: of a run, of weights alone, or {}."""
     given, checkpoint = command_line(Args()), {}
     auto, model_names = given.resume == Path("auto"), [field.name for field in fields(ModelArgs)]
     if given.resume is not None and given.init_from is not None and not auto:
@@ -744,6 +743,8 @@ class Run:
         now, then = self.history[-1]["args"], checkpoint.get("args", {})
         same = all(then.get(name) == now[name] for name in now if name.startswith("valid_"))
         self.valid_episodes = Episodes(games, checkpoint.get("valid_episodes") if same else None)
+        self.step_size = self.args.unroll_length * self.args.batch_size * NUM_PROCESSES
+        self.end = self.args.total_steps  # or where all processes stop
         self.updates = self.skipped = self.skipped_in_a_row = 0  # skipped: not finite
         self.folder = given.resume
         if RANK == 0:
@@ -804,7 +805,7 @@ class Run:
 
     def look_at_checkpoints(self):
         """Which returns best.pt has, and whether the extra checkpoint is still to be written."""
-        self.best, self.lost_best = -math.inf, False  # whether best.pt could not be written
+        self.best, self.lost_best, self.lost_extra = -math.inf, False, False  # lost: not written
         with contextlib.suppress(ValueError):  # it may be newer than the checkpoint, or not there
             best = checkpoints.load_checkpoint(self.folder / "best.pt", SCRIPT)
             now = self.history[-1]["args"]
@@ -817,21 +818,25 @@ class Run:
         wanted = self.args.save_extra_checkpoint or math.inf
         self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # from which step on
 
-    def count(self, statistics, finite):
-        """Counts an update. Raises FloatingPointError if too many in a row are not finite."""
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            raise FloatingPointError(f"{MAX_SKIPPED} updates in a row, the last after step "
-                                     f"{self.step:,}, are not finite: {statistics}")
-        self.step += self.args.unroll_length * self.args.batch_size * NUM_PROCESSES
-        self.updates, self.skipped = self.updates + 1, self.skipped + (not finite)
-        if finite:
-            self.sums.update(statistics | dict(updates=1))
+    def count(self, left=1):
+        """Counts updates that are done. Raises FloatingPointError after too many not finite."""
+        self.due = RANK == 0 and time.monotonic() - self.saved >= self.args.save_interval
+        for statistics, finite in self.learner.reports.read(0 if self.due else left):
+            if statistics.pop("told"):  # after the next one, which is queued before all know it
+                self.end = min(self.end, self.step + 2 * self.step_size)
+            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row == MAX_SKIPPED:
+                raise FloatingPointError(f"{MAX_SKIPPED} updates in a row, the last after step "
+                                         f"{self.step:,}, are not finite: {statistics}")
+            self.step += self.step_size
+            self.updates, self.skipped = self.updates + 1, self.skipped + (not finite)
+            if finite:
+                self.sums.update(statistics | dict(updates=1))
 
     def validate(self):
         """Lets the validation's actor play on, if it is time to."""
         if self.validation:
-            self.validation.after_update(self.updates)
+            self.validation.after_update(self.updates + len(self.learner.reports.queued))
 
     def log(self, at_once=False):
         """Logs the updates since the last entry, and saves the best checkpoint, when it is due."""
@@ -841,11 +846,10 @@ class Run:
         now, counts, waits = time.monotonic(), self.sums, self.total_waits()
         passed, updates = now - self.logged, counts.pop("updates")
         sps = (self.step - self.step_logged) / passed
-        scalars = {name: value / updates for name, value in counts.items()}
-        scalars |= {name: (waits[name] - self.waits[name]) / passed for name in waits}
+        scalars = {name: value / updates for name, value in counts.items()} | dict(SPS=sps)
+        scalars |= {name: np.divide(*(waits[name] - self.waits[name])) for name in waits}
         diverged = sum(int(actor.num_diverged) for actor in self.pool.actors)
-        unusual = dict(skipped_updates=self.skipped, reset_states=diverged)
-        scalars |= unusual | dict(learning_rate=self.learner.learning_rate.item(), SPS=sps)
+        scalars |= (unusual := dict(skipped_updates=self.skipped, reset_states=diverged))
         mode, valid_mode = self.args.distribution_mode, self.args.valid_distribution_mode
         scalars |= (means := self.episodes.scalars(mode, RETURN_RANGE))
         valid = self.valid_episodes.scalars(valid_mode or mode, RETURN_RANGE)
@@ -875,23 +879,22 @@ class Run:
             self.best = self.best if self.lost_best else valid[valid_mean]
 
     def total_waits(self):
-        """Seconds waited so far, as means of each kind: by the learner for unrolls, by actors for
-        unrolls that it is done with, and by the engine's processes for actions."""
-        pool, workers = self.pool, self.engine.workers
-        playing = self.engine.seconds_played() / len(workers.pids)
-        return {"wait/learner": pool.learner_waited, "wait/engine": time.monotonic() - playing,
-                "wait/actors": sum(actor.waited for actor in pool.actors) / len(pool.actors)}
+        """Seconds waited so far, and in all, as means of each kind: by the learner for unrolls, by
+        actors for unrolls that it is done with, and by the engine's processes for actions."""
+        now, actors = time.monotonic(), self.pool.actors
+        return {"wait/learner": self.learner.reports.idle_and_all,
+                "wait/actors": np.array([sum(each.waited for each in actors) / len(actors), now]),
+                "wait/engine": np.array([now - self.engine.seconds_played(), now])}
 
     def save(self):
         """Writes the checkpoints that are due."""
         if RANK > 0:
             return
-        before = self.step - self.args.unroll_length * self.args.batch_size * NUM_PROCESSES
-        due = time.monotonic() - self.saved >= self.args.save_interval
-        if self.step >= self.extra and (before < self.extra or due):
-            if self.write(f"checkpoint_{self.step}.pt"):
-                self.extra = math.inf
-        if due:
+        newest = self.step + self.step_size * len(self.learner.reports.queued)
+        if newest >= self.extra and (self.due or not self.lost_extra):
+            self.lost_extra = not self.write("checkpoint_{step}.pt")
+            self.extra = self.extra if self.lost_extra else math.inf
+        if self.due:
             if self.write("checkpoint.pt"):
                 self.launch.remember(self.folder)
             self.saved = time.monotonic()
@@ -899,10 +902,11 @@ class Run:
     def finish(self):
         """Logs and saves what training ends with."""
         written = True
+        self.count(left=0)
         if RANK == 0:
             self.log(at_once=True)
             written = all([self.write("checkpoint.pt"),  # at first: a scheduler may kill soon
-                           self.step < self.extra or self.write(f"checkpoint_{self.step}.pt"),
+                           self.step < self.extra or self.write("checkpoint_{step}.pt"),
                            not self.lost_best])
         if NUM_PROCESSES > 1:
             dist.destroy_process_group()
@@ -917,13 +921,14 @@ class Run:
 
     def write(self, name, best=-math.inf):
         """Writes a checkpoint of this name. Returns whether it could."""
+        self.count(left=0)  # what has changed the weights
         checkpoint = dict(script=SCRIPT, args=self.history[-1]["args"], history=self.history,
                           before=self.before, step=self.step, best=best,
                           model=self.agent.state_dict(),
                           optimizer=self.learner.optimizer.state_dict(),
                           episodes=self.episodes.saved(),
                           valid_episodes=self.valid_episodes.saved())
-        return checkpoints.save_checkpoint(checkpoint, self.folder / name)
+        return checkpoints.save_checkpoint(checkpoint, self.folder / name.format(step=self.step))
 
 
 class Validation(ActorPool):
@@ -944,8 +949,7 @@ def main():
     stop = Stop()
     before = answer_signals([stop.hear, stop.hear])
     processes.keep_freed_memory()
-    # PyTorch knows nothing of a container's share of cores.
-    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # a container may have fewer
     try:
         try:
             launch = Launch()
@@ -963,8 +967,7 @@ def main():
     except (ChildProcessError, FloatingPointError, TimeoutError) as error:
         sys.exit(f"{SCRIPT}: stopped, the last checkpoint is kept: {error}")
     except RuntimeError as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if not out_of_memory and "can't allocate memory" not in str(error):
+        if type(error) is not torch.OutOfMemoryError and "can't allocate memory" not in str(error):
             raise
         sys.exit(f"{SCRIPT}: too little memory; lower --num-envs or --num-actors (unrolls, "
                  f"inference) or --batch-size (learner): {str(error).splitlines()[0]}")

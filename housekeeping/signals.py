@@ -5,11 +5,6 @@ import signal
 import threading
 import time
 
-import torch
-import torch.distributed as dist
-
-import srwm_cuda
-
 from . import say
 from .launch import NUM_PROCESSES
 
@@ -33,15 +28,6 @@ class Stop(threading.Event):
     def now(self):
         """Whether to stop at once, as only a process alone may: several stop after the same update."""
         return self.is_set() and NUM_PROCESSES == 1
-
-    def agreed(self, device):
-        """Whether this process was told to stop, or any other."""
-        if NUM_PROCESSES == 1:
-            return self.is_set()
-        told = torch.tensor(float(self.is_set()), device=device)
-        dist.all_reduce(told)
-        srwm_cuda.synchronize()
-        return told.item() > 0
 
 
 def answer_signals(handlers):

@@ -20,11 +20,11 @@ import torch.utils.hooks
 from . import cnn, delta_rule_op, kernels, reference, srwm_op
 from .cnn import is_impala_cnn
 from .flags import Flags
-from .graphs import capture, compile, record_event, synchronize
+from .graphs import Reports, capture, compile, record_event, synchronize
 from .kernels import KERNEL_HEAD_SIZES, MAX_COLUMNS
 from .weights import Weights, acting_logits, prepare_optimizer, reset_diverged, try_both_modes
 
-__all__ = ["Flags", "Weights", "acting_logits", "capture", "check_heads", "compile", "delta_rule", "impala_cnn",
+__all__ = ["Flags", "Reports", "Weights", "acting_logits", "capture", "check_heads", "compile", "delta_rule", "impala_cnn",
            "is_impala_cnn", "prepare_optimizer", "record_event", "reference", "register_forward_hook", "reset_diverged",
            "srwm", "synchronize", "try_both_modes"]
 

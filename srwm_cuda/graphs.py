@@ -1,13 +1,55 @@
 """CUDA streams and graphs, in the words that a training loop needs. Until CUDA is used, nobody waits."""
 
+import math
+import time
+
+import numpy as np
 import torch
 
 
+class _Moment(torch.cpu.Event):
+    """An event on a CPU, where nothing is queued."""
+
+    def record(self):
+        self.time = time.monotonic()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.time - self.time)
+
+
 def record_event():
-    """An event on the calling thread's CUDA stream, waiting for which takes no core."""
-    event = torch.cuda.Event(blocking=True) if torch.cuda.is_initialized() else torch.cpu.Event()
+    """An event on the calling thread's CUDA stream, waiting for which takes no core. `begin.elapsed_time(end)`, in ms, is the
+    time between two that have happened."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True) if torch.cuda.is_initialized() else _Moment()
     event.record()
     return event
+
+
+class Reports:
+    """What a device computes, round after round, in a row of numbers each. They are read later than they are asked for, so
+    that the device has work meanwhile.
+
+    Attributes:
+        idle_and_all: seconds from the end of one round to the beginning of the next, of all that have been read, and to
+            its end.
+    """
+
+    def __init__(self):
+        self.queued, self.ended, self.idle_and_all = [], None, np.zeros(2)
+
+    def add(self, names, row, begun):
+        """Asks for the numbers of a round, a tensor (n,) that is computed by then, and that began at the event `begun`."""
+        self.queued.append((names, row.to("cpu", non_blocking=True), begun, record_event()))
+
+    def read(self, left):
+        """For each round but the last `left`: a dict of the numbers, and whether all are finite. Waits for them, asleep."""
+        while len(self.queued) > left:
+            names, row, begun, ended = self.queued.pop(0)
+            ended.synchronize()
+            passed = [(self.ended or begun).elapsed_time(until) / 1e3 for until in (begun, ended)]
+            self.idle_and_all = self.idle_and_all + passed  # another array, since whoever has read the old one keeps it
+            self.ended, numbers = ended, dict(zip(names, row.tolist()))
+            yield numbers, all(map(math.isfinite, numbers.values()))
 
 
 def synchronize():

@@ -6,55 +6,62 @@ import torch
 class Weights:
     """The newest parameters and buffers of an agent, in a ring of eight rows on its device. Nobody waits for anybody: a row is
     whole when it is published, and is written again only eight updates later. A copy takes a small part of one, so nobody
-    reads half an update.
+    reads half an update. All methods are for the device to do: none waits for it, and a CUDA graph can hold each.
 
     Attributes:
-        version: the number of the newest, from 1 on.
-        newest, slot: the same on the device, (1,) int64, and the number of the row that has it.
+        version: the number of the newest, from 1 on, (1,) int32 on the device.
     """
 
     def __init__(self, agent):
-        self.tensors = [*agent.parameters(), *agent.buffers()]
-        # A row in float32 numbers: each tensor in pieces of 256 bytes, and last its version.
-        self.sizes = [-(-x.nbytes // 256) * 64 for x in self.tensors] + [64]
-        self.ring = self.tensors[0].new_zeros(8, sum(self.sizes), dtype=torch.float32)
-        self.rows = [self.views(row, self.tensors) for row in self.ring]
-        self.version, (self.newest, self.slot) = 0, self.ring.new_zeros(2, 1, dtype=torch.int64)
+        self.row, self.version = _into_row(agent)
+        self.ring = self.row.new_zeros(8, len(self.row))
+        self.slot = torch.zeros_like(self.version)  # the row of the newest
         self.publish()
 
-    def views(self, row, tensors):
-        """Views of a row in the shapes of these tensors, and of its version, (1,) int32."""
-        *parts, version = row.split(self.sizes)
-        views = [part.view(x.dtype).as_strided(x.shape, torch.empty_like(x).stride())  # dense, also of a slice
-                 for part, x in zip(parts, tensors)]
-        return views, version.view(torch.int32)[:1]
-
     @torch.no_grad()
-    def publish(self):
-        """Makes what the agent's tensors hold the newest."""
+    def publish(self, valid=None):
+        """Makes what the agent's tensors hold the newest. If `valid`, a tensor of one bool, is false, they become again what
+        was published last."""
+        if valid is not None:
+            self.row.copy_(torch.where(valid, self.row, self.ring.index_select(0, self.slot)[0]))
         self.version += 1
-        views, version = self.rows[self.version % 8]
-        torch._foreach_copy_(views, self.tensors)
-        version.fill_(self.version)
-        self.newest.fill_(self.version)
-        self.slot.fill_(self.version % 8)
+        slot = self.version % 8
+        self.ring.index_copy_(0, slot.long(), self.row.unsqueeze(0))
+        self.slot.copy_(slot)
 
     @torch.no_grad()
     def restore(self):
         """Gives the agent what was published last."""
-        torch._foreach_copy_(self.tensors, self.rows[self.version % 8][0])
+        self.row.copy_(self.ring.index_select(0, self.slot)[0])
 
     def attach(self, agent):
-        """Gives another agent a row of its own, `agent.row`, where its tensors are from now on, and `agent.version`."""
-        agent.row, tensors = self.ring[self.version % 8].clone(), [*agent.parameters(), *agent.buffers()]
-        views, agent.version = self.views(agent.row, tensors)
-        for tensor, view in zip(tensors, views):
-            tensor.data = view
+        """Gives another agent tensors to fetch to, and `version`, of what it has fetched."""
+        agent.row, agent.version = _into_row(agent)
+        self.fetch(agent)
 
     def fetch(self, agent):
         """Gives an attached agent what is the newest when its device comes to it."""
-        if agent.row.is_cuda or agent.version.item() != self.version:
+        if agent.row.is_cuda or agent.version.item() != self.version.item():
             torch.index_select(self.ring, 0, self.slot, out=agent.row.unsqueeze(0))
+
+
+def _into_row(agent):
+    """Moves an agent's parameters and buffers into one tensor. Returns that, and its last part, a version, (1,) int32."""
+    tensors = [*agent.parameters(), *agent.buffers()]
+    version = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
+    return in_one(*tensors, version), version
+
+
+@torch.no_grad()
+def in_one(*tensors):
+    """Moves tensors of any type into one of float32 numbers, of which each is a part from now on. Returns that one."""
+    sizes = [-(-x.nbytes // 256) * 64 for x in tensors]  # pieces of 256 bytes
+    row = torch.zeros(sum(sizes), device=tensors[0].device if tensors else None)
+    for x, part in zip(tensors, row.split(sizes)):
+        part = part.view(x.dtype).as_strided(x.shape, torch.empty_like(x).stride())  # dense, also of a slice
+        part.copy_(x)
+        x.data = part
+    return row
 
 
 @torch.no_grad()
@@ -83,7 +90,11 @@ def reset_diverged(state, bounds):
 
 def prepare_optimizer(optimizer, saved=None):
     """Lets an optimizer make its averages, by a step at learning rate zero: a CUDA graph cannot make them. They become those
-    of a state_dict(), `saved`, or else zeros. Hyperparameters stay."""
+    of a state_dict(), `saved`, or else zeros. Hyperparameters stay.
+
+    Returns:
+        One tensor of which all averages are parts, so that to keep and bring them back takes a copy each.
+    """
     groups = optimizer.param_groups
     parameters, rates = [x for group in groups for x in group["params"]], [group["lr"] for group in groups]
     for parameter in parameters:
@@ -97,6 +108,7 @@ def prepare_optimizer(optimizer, saved=None):
         before = saved["state"].get(index, {}) if saved else {}
         for name, average in optimizer.state[parameter].items():  # all tensors, as of a capturable one
             average.copy_(before.get(name, torch.zeros_like(average)))
+    return in_one(*[average for parameter in parameters for average in optimizer.state[parameter].values()])
 
 
 @torch.no_grad()

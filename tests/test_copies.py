@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import first_fast
 from test_scripts import SCRIPTS
-from test_training import parts, play
+from test_training import parts, play, update
 
 import impala_procgen_srwm
 import srwm_cuda
@@ -141,7 +141,7 @@ def test_the_policy_that_acts_is_the_one_that_v_trace_compares_with(kind, own_co
     for _ in range(3):
         play(actor, unroll)
         learner.batch.copy_from(unroll, 0, 6)
-        statistics, finite = learner.update(args.learning_rate)
+        statistics, finite = update(learner, args.learning_rate)
         assert finite and statistics["policy_lag"] == 0
         assert statistics["vtrace/mean_rho"] == pytest.approx(1, abs=1e-4)
     for ours, theirs in zip(learner.agent.buffers(), actor.agent.buffers()):
@@ -249,9 +249,9 @@ def test_averages_are_of_training_alone(own_copy):
     play(actor, unroll)
     learner.batch.copy_from(unroll, 0, 6)
     learner.batch.reward.fill_(torch.nan)
-    assert not learner.update(args.learning_rate)[1] and (mean == 0).all()
+    assert not update(learner, args.learning_rate)[1] and (mean == 0).all()
     learner.batch.reward.zero_()
-    assert learner.update(args.learning_rate)[1] and (mean != 0).any()
+    assert update(learner, args.learning_rate)[1] and (mean != 0).any()
 
 
 @pytest.mark.slow

@@ -60,6 +60,13 @@ def play(actor, unroll, unrolls=1):
             actor.play(unroll)
 
 
+def update(learner, learning_rate):
+    """An update, its statistics, and whether they and the gradient are finite."""
+    learner.update(learning_rate)
+    ((statistics, finite),) = learner.reports.read(0)
+    return statistics, finite
+
+
 ARGS = dict(cuda=False, bf16=False, num_actors=1, num_envs=6, num_servers=1, unroll_length=20, batch_size=4)
 
 
@@ -234,12 +241,47 @@ def test_parameters_and_buffers_of_every_type_travel_with_the_weights_and_keep_t
         source[1].num_batches_tracked += 2**53  # no float32 has the numbers beyond
         weights.publish()
         weights.fetch(target)
-        assert target.version.tolist() == [number + 1] == weights.newest.tolist()
+        assert target.version.tolist() == [number + 1] == weights.version.tolist()
         for name, x in source.state_dict().items():
             assert torch.equal(x, target.state_dict()[name]), name
     assert all(x.stride() == target.state_dict()[name].stride() for name, x in source.state_dict().items())
     assert target[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert target[1].num_batches_tracked.dtype == torch.int64 and target.mask.dtype == torch.bool
+
+
+def test_weights_that_are_not_valid_become_again_what_was_published_last():
+    source, target = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    weights = srwm_cuda.Weights(source)
+    weights.attach(target)
+    before = {name: x.clone() for name, x in source.state_dict().items()}
+    for valid in (False, True):
+        with torch.no_grad():
+            source.weight += 1
+            source.running_mean[0] = 7 if valid else torch.nan
+            source.num_batches_tracked += 1
+        weights.publish(torch.tensor(valid))
+        weights.fetch(target)
+        assert target.version.item() == weights.version.item() == 2 + valid
+        for name, x in source.state_dict().items():
+            assert torch.equal(x, target.state_dict()[name])
+            assert torch.equal(x, before[name]) != (valid and name not in ("bias", "running_var"))
+
+
+def test_reports_come_in_their_order_and_the_newest_is_not_waited_for():
+    reports, shares = srwm_cuda.Reports(), []
+    for number in range(3):
+        time.sleep(0.04)
+        begun = srwm_cuda.record_event()
+        time.sleep(0.02)
+        reports.add(["number", "other"], torch.tensor([number, math.inf if number == 1 else 0]), begun)
+        read, before = list(reports.read(1)), reports.idle_and_all
+        assert [(row["number"], finite) for row, finite in read] == [(number - 1, number != 2)] * (number > 0)
+        shares.append(before)
+    (last,) = reports.read(0)
+    assert last == ({"number": 2, "other": 0}, True) and not reports.queued
+    assert shares[0].tolist() == [0, 0] and shares[1][0] == 0 < shares[1][1]  # before the first, nobody waited
+    idle, passed = reports.idle_and_all - shares[1]
+    assert 0.08 <= idle < 0.8 * passed and passed >= 0.12
 
 
 def test_batches_take_every_environment_of_every_unroll_once():
@@ -252,7 +294,7 @@ def test_batches_take_every_environment_of_every_unroll_once():
         unroll.state[0].add_(torch.arange(first, first + 6).view(-1, 1, 1, 1))
         unroll.version += first
         pool.full.put(unroll)
-    learner.weights.newest.fill_(10)
+    learner.weights.version.fill_(10)
     seen, lags = [], []
     for _ in range(3):
         assert learner.fill(pool)
@@ -284,7 +326,7 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     if reward_clipping == "normalize":
         unroll.reward_scale.copy_(torch.tensor([[0.5, 2.0, 0.1, 1.0]]))
     unroll.version.copy_(torch.randint(40, (20, 4)))
-    learner.weights.newest.fill_(50)
+    learner.weights.version.fill_(50)
     learner.batch.copy_from(unroll, 0, 4)
     learner.batch.logits += torch.randn(20, 4, 15)
     loss, statistics = learner.loss()
@@ -330,9 +372,9 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
         weights = list(learner.agent.parameters())
         averages = [x for state in learner.optimizer.state.values() for name, x in state.items() if name != "step"]
         assert len(averages) == len(weights) * (2 if momentum else 1)
-        learner.update(1e-3)
+        update(learner, 1e-3)
         first = [x.detach().clone() for x in weights + averages]
-        learner.update(1e-3)
+        update(learner, 1e-3)
         second = [x.detach().clone() for x in weights + averages]
         assert not any(torch.equal(*pair) for pair in zip(first, second))
 
@@ -341,11 +383,11 @@ def test_an_update_that_is_not_finite_leaves_no_trace(momentum, cuda):
                 x.copy_(old)
         learner.weights.publish()
         learner.batch.state[1][2, 0, 0, 0] = float("inf")
-        statistics, finite = learner.update(1e-3)
+        statistics, finite = update(learner, 1e-3)
         assert not finite and not all(map(math.isfinite, statistics.values()))
         assert all(torch.equal(*pair) for pair in zip(weights + averages, first))
         learner.batch.state[1][2, 0, 0, 0] = unroll.state[1][2, 0, 0, 0]
-        learner.update(1e-3)
+        update(learner, 1e-3)
         assert all(torch.equal(*pair) for pair in zip(weights + averages, second))
 
 
@@ -381,7 +423,7 @@ def test_an_update_is_a_clipped_step_of_rmsprop():
     gradients = [parameter.grad.clone() for parameter in learner.agent.parameters()]
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     before = [parameter.detach().clone() for parameter in learner.agent.parameters()]
-    statistics, _ = learner.update(0.25)
+    statistics, _ = update(learner, 0.25)
     assert statistics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
     for old, new, gradient in zip(before, learner.agent.parameters(), gradients):
         clipped = gradient * 1e-3 / norm
@@ -427,7 +469,7 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
 @pytest.mark.parametrize("slow", ["engine", "learner"])
 def test_the_log_says_who_waits_for_whom(slow, train, monkeypatch):
     """As shares of the time: the learner for unrolls, actors for the learner, the engine's processes for actions."""
-    make_envs, fill = script.make_envs, script.Learner.fill
+    make_envs, backward = script.make_envs, script.Learner.backward
 
     def make_slow_envs(*words, **options):
         envs = make_envs(*words, **options)
@@ -436,7 +478,7 @@ def test_the_log_says_who_waits_for_whom(slow, train, monkeypatch):
         return envs
 
     monkeypatch.setattr(script, "make_envs", make_slow_envs if slow == "engine" else make_envs)
-    monkeypatch.setattr(script.Learner, "fill", lambda learner, pool: fill(learner, pool) and not time.sleep(
+    monkeypatch.setattr(script.Learner, "backward", lambda learner: backward(learner) or time.sleep(
         0.0 if slow == "engine" else 0.5))
     scalars = log(train("--total-steps", 160, "--num-actors", 1, "--num-servers", 1))
     learner, actors, engine = (np.mean([share for _, share in scalars[f"wait/{name}"][3:]])
@@ -589,7 +631,7 @@ def test_a_run_ends_with_the_commands_that_come_next(levels, how, train, capsys)
 
 
 def test_a_run_that_was_stopped_names_how_it_goes_on(train, capsys, monkeypatch):
-    monkeypatch.setattr(script.Stop, "agreed", lambda stop, device: True)
+    monkeypatch.setattr(script.Stop, "now", lambda stop: True)
     run = Path("runs", train().name)
     assert capsys.readouterr().out.endswith(f"impala_procgen_srwm.py --resume {run}\n")
 
@@ -805,7 +847,7 @@ def test_the_learner_sees_what_the_actor_saw_through_cuda_graphs(carry_state):
         play(actor, unroll, unrolls=3)
         learner.batch.copy_from(unroll, 0, 4)
         exact = [parameter.detach().clone() for parameter in learner.agent.parameters()]
-        statistics, finite = learner.update(6e-4)
+        statistics, finite = update(learner, 6e-4)
     assert all((part.abs().max() > 0) == carry_state for part in unroll.state)
     assert unroll.action.unique().numel() == 15
     assert finite and statistics["vtrace/mean_rho"] > 0.99 and statistics["loss/entropy"] > 2.5

@@ -21,17 +21,17 @@ class Learner(script.Learner):
     def learned(self):
         return copy.deepcopy((self.agent.state_dict(), self.optimizer.state_dict()["state"]))
 
-    def update(self, learning_rate):
+    def update(self, *words):
         if self.second:
-            return super().update(learning_rate)
+            return super().update(*words)
         if self.first:
             if script.RANK == 1:
                 self.batch.reward.fill_(float("nan"))
-            before, result = self.learned(), super().update(learning_rate)
+            before, result = self.learned(), super().update(*words)
             Learner.second = dict(skipped=(before, self.learned()))
             return result
         before, batch = copy.deepcopy(self.agent.state_dict()), copy.deepcopy(vars(self.batch))
-        result = super().update(learning_rate)
+        result = super().update(*words)
         Learner.first = dict(before=before, batch=batch, after=copy.deepcopy(self.agent.state_dict()))
         return result
 
