@@ -16,7 +16,7 @@ arXiv 2202.05780). Learning: IMPALA with V-trace (Espeholt et al. 2018, arXiv 18
 The engine's processes play the environments. Learner and actors are threads of this process. The
 story comes first, then housekeeping. For an ablation, copy this file; the scripts of the other five
 agents are this one but for the model section. In shapes, T is time steps, B environments, H heads
-of size D; "the reference" is the paper's own code, IDSIA/modern-srwm. Expect about 275,000 steps a
+of size D; "the reference" is the paper's own code, IDSIA/modern-srwm. Expect about 290,000 steps a
 second on one H200 with 16 cores, and 300 to 1,000 on two CPU cores.
 """
 
