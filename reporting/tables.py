@@ -16,6 +16,7 @@ import shutil
 import sys
 import textwrap
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from housekeeping.launch import num_cores
 from reporting.playing import show_progress
 
 DRAWS = 100_000  # bootstrap samples: so many that an end of an interval of width 0.05 moves by less than 0.0005
@@ -211,13 +213,19 @@ def bootstrap(models, draws=DRAWS):
                 for place, x in enumerate(arrays):
                     key = (game, COLUMNS.index(column), place, x.shape[1])  # models in which it is equal share levels
                     splits.setdefault(key, {})[index] = x / len(arrays)
-    line = show_progress("statistics", "splits", splits.items(), delay=2)  # of what takes less, nothing is shown
-    for (game, column, place, count), arrays in line:
+
+    def sample(item):
+        (game, column, place, count), arrays = item
         rng, x = np.random.default_rng([1, game, column, place, count]), np.concatenate(list(arrays.values()))
         sampled = [sample_levels(x, number, rng) for number in pieces(draws, count)]
-        means = np.concatenate([x.mean(-1, keepdims=True).T, *sampled])  # (1 + draws, seeds of all models)
-        for index, own in zip(arrays, np.split(means, np.cumsum([len(own) for own in arrays.values()])[:-1], axis=1)):
-            totals[index, game, column] = totals.get((index, game, column), 0) + own
+        return np.concatenate([x.mean(-1, keepdims=True).T, *sampled])  # (1 + draws, seeds of all models)
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        drawn = pool.map(sample, splits.items())  # a core each
+        line = show_progress("statistics", "splits", drawn, len(splits), delay=2)  # of what takes less, nothing is shown
+        for ((game, column, *_), arrays), means in zip(splits.items(), line):
+            for index, own in zip(arrays, np.split(means, np.cumsum([len(own) for own in arrays.values()])[:-1], axis=1)):
+                totals[index, game, column] = totals.get((index, game, column), 0) + own
     for index, (number, scores) in enumerate(models):
         seeds = len(next(iter(scores[0].values()))[0])
         its_own = np.random.default_rng([0, number])
