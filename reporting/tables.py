@@ -424,7 +424,7 @@ def cells(rows):
 
 def levels(run):
     parts = [(record["start_level"], record["num_levels"], record["column"]) for record in run.records]
-    return ", ".join(f"{first} to {first + count - 1} ({column})" for first, count, column in parts)
+    return ", ".join(f"{first}{f' to {first + count - 1}' * (count > 1)} ({column})" for first, count, column in parts)
 
 
 def splits_of(run, column):
@@ -440,13 +440,14 @@ def describe(runs):
         record = run.records[0]
         number = record.get("episodes", 1)
         episodes = f", {number} episodes of each" if number > 1 else ""
+        word = "level" if [each["num_levels"] for each in run.records] == [1] else "levels"
         actions, precision = "greedy" if record["greedy"] else "sampled", "bfloat16" if record["bf16"] else "float32"
         chosen = ", chosen by validation on levels {} to {}"
         best = chosen.format(*record["validation"]) if record["file"] == "best" and record["validation"] else ""
         earlier = earlier_parts(record)
         parts = f" {earlier}" if earlier and earlier not in name else ""
         yield (f"{run.path}: {name}, seed {record['seed']}, {record['step']:,} steps{parts}{best}; "
-               f"{record['distribution_mode']}, levels {levels(run)}{episodes}; {actions} actions, {precision}")
+               f"{record['distribution_mode']}, {word} {levels(run)}{episodes}; {actions} actions, {precision}")
 
 
 def notes(rows):

@@ -107,7 +107,7 @@ def test_several_episodes_of_a_level_have_a_file_of_their_own_and_are_not_played
     name = "evaluation_fruitbot_easy_8_1_sampled_1_episodes_3.json"
     found, (out, _) = results(trained, name), capsys.readouterr()
     assert found["episodes"] == 3 and len(found["games"]["fruitbot"]["episode_returns"][0]) == 3
-    assert "levels 8 to 8 (train), 3 episodes of each" in out
+    assert "easy, level 8 (train), 3 episodes of each" in out
     score(*words, "--episodes", 3)
     again, error = capsys.readouterr()
     assert again == out and f"note: not played again (--replay does): {trained}/{name}" in error
@@ -671,7 +671,7 @@ def test_the_interval_of_one_level_is_over_its_episodes_and_that_of_several_over
     run = one_level("srwm", *coins)
     (row,) = [row for row in tables.tabulate([run]) if row["measure"] == "return"]
     assert (row["low"], row["high"]) == pytest.approx((0.5 - 1.96 / 40, 0.5 + 1.96 / 40), abs=0.003)
-    assert "levels 8 to 8 (train), 400 episodes of each" in next(tables.describe([run]))
+    assert "level 8 (train), 400 episodes of each" in next(tables.describe([run]))
     run.records[0] |= tables.summarize({"maze": [coins] * 10}, RANGES) | dict(num_levels=10)
     (row,) = [row for row in tables.tabulate([run]) if row["measure"] == "return"]
     assert (row["low"], row["high"]) == (0.5, 0.5)
