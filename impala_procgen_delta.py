@@ -253,7 +253,7 @@ class Unroll:
         self.version = zeros(T, B, dtype=torch.int32)  # of the weights that acted
         self.reward_scale = zeros(1, B) + 1  # what to multiply rewards by, to learn from them
         self.state = agent.initial_state(B)  # before the first step
-        self.read = srwm_cuda.record_event()  # to wait for before it is filled again
+        self.read = srwm_cuda.record_event()  # the learner has: it may be filled again
 
     def copy_from(self, unroll, begin, count, at=0):
         """Copies `count` environments of another unroll, from number `begin` on, to `at`."""
@@ -389,7 +389,7 @@ class ActorPool:
             self.error = error  # for check() to raise
 
     def get(self):
-        """The next full unroll, for which a deterministic actor plays now; None after a signal."""
+        """The next full unroll, for which a deterministic actor plays now; None: see Stop.now()."""
         if self.args.deterministic:
             srwm_cuda.synchronize()  # with the stream that publishes weights
             self.queues[self.turn % len(self.actors)].put(self.free.get())
@@ -427,7 +427,7 @@ class Learner:
         self.batch = Unroll(agent, args.unroll_length, args.batch_size)
         self.unroll, self.column = None, 0  # in use, and its first environment not learned from
         self.names, self.reports = (), srwm_cuda.Reports()
-        # Whether train() and eval() do, as with BatchNorm; this changes the weights a little.
+        # Whether train() is another policy than eval(): BatchNorm. Trying changes the weights.
         self.modes_differ = srwm_cuda.try_both_modes(agent, *self.batch.inputs, self.batch.state)
         self.backward_graph = self.step_graph = None
         if args.cuda:
@@ -489,8 +489,8 @@ class Learner:
         return loss, dict(zip(sums, means.unbind()))
 
     def backward(self):
-        """Computes gradient and statistics: views of one flat tensor, which one transfer averages,
-        and to which a replayed graph writes again."""
+        """Computes gradient and statistics into one flat tensor, which one transfer averages. A
+        graph that is replayed writes to the same one."""
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
@@ -505,7 +505,7 @@ class Learner:
 
     @torch.no_grad()
     def step(self):
-        """One step of RMSprop with the clipped gradient; none, if not all is finite."""
+        """One step of RMSprop with the clipped gradient. If not all is finite, it is undone."""
         norm, averages = self.gradient.norm(), self.averages.clone()
         self.report = torch.cat([self.statistics, norm.view(1)])
         self.gradient *= (self.args.grad_norm_clipping / (norm + 1e-6)).clamp(max=1)
@@ -515,10 +515,10 @@ class Learner:
         self.optimizer.step()
         finite = self.report.isfinite().all()
         self.averages.copy_(torch.where(finite, self.averages, averages))
-        self.weights.publish(finite)
+        self.weights.publish(finite)  # or else the old ones again
 
     def update(self, learning_rate, told=False):
-        """Queues an update on all processes' batches. One that is told to stop tells the others."""
+        """Queues an update on all processes' batches, and tells all if one is `told` to stop."""
         self.learning_rate.fill_(learning_rate)
         self.told.fill_(told)
         begun = srwm_cuda.record_event()
@@ -538,12 +538,12 @@ def train(run, stop):
     with run.parts:  # which are closed in the end, the last first
         learner = run.learner = Learner(run.agent, args, run.optimizer_state)
         pool = run.pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop,
-                                    num_unrolls=args.num_actors + 2)  # more: more policy_lag
+                                    num_unrolls=args.num_actors + 2)  # spare: 2; more: more lag
         run.parts.callback(pool.close)
         run.open(stop)  # its log, its validation, and the connection of several processes
         stop.training = True  # from now on, signals save
         pool.start()  # after the last capture, beside which no thread may use CUDA
-        step = run.step  # run.step is that of updates that are done, this of those that are queued
+        step = run.step  # of updates that are queued; run.step: of those whose report has been read
         while step < run.end:
             if not learner.fill(pool):
                 break
@@ -835,10 +835,10 @@ class Run:
         self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # from which step on
 
     def count(self, left=1):
-        """Counts updates that are done. Raises FloatingPointError after too many not finite."""
-        self.due = RANK == 0 and time.monotonic() - self.saved >= self.args.save_interval
-        for statistics, finite in self.learner.reports.read(0 if self.due else left):
-            if statistics.pop("told"):  # after the next one, which is queued before all know it
+        """Counts updates, all but the last `left`. FloatingPointError: too many are not finite."""
+        self.save_due = RANK == 0 and time.monotonic() - self.saved >= self.args.save_interval
+        for statistics, finite in self.learner.reports.read(0 if self.save_due else left):
+            if statistics.pop("told"):  # all stop after the next one: some have queued it by now
                 self.end = min(self.end, self.step + 2 * self.step_size)
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
             if self.skipped_in_a_row == MAX_SKIPPED:
@@ -907,10 +907,10 @@ class Run:
         if RANK > 0:
             return
         newest = self.step + self.step_size * len(self.learner.reports.queued)
-        if newest >= self.extra and (self.due or not self.lost_extra):
+        if newest >= self.extra and (self.save_due or not self.lost_extra):
             self.lost_extra = not self.write("checkpoint_{step}.pt")
             self.extra = self.extra if self.lost_extra else math.inf
-        if self.due:
+        if self.save_due:
             if self.write("checkpoint.pt"):
                 self.launch.remember(self.folder)
             self.saved = time.monotonic()

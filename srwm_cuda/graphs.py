@@ -30,8 +30,7 @@ class Reports:
     that the device has work meanwhile.
 
     Attributes:
-        idle_and_all: seconds from the end of one round to the beginning of the next, of all that have been read, and to
-            its end.
+        idle_and_all: two sums of seconds over the rounds that have been read: between rounds, and in all.
     """
 
     def __init__(self):

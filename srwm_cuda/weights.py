@@ -5,8 +5,8 @@ import torch
 
 class Weights:
     """The newest parameters and buffers of an agent, in a ring of eight rows on its device. Nobody waits for anybody: a row is
-    whole when it is published, and is written again only eight updates later. A copy takes a small part of one, so nobody
-    reads half an update. All methods are for the device to do: none waits for it, and a CUDA graph can hold each.
+    whole when it is published, and is written again only eight updates later. To copy one takes a small part of an update's
+    time, so nobody reads half an update. No method waits for the device, and a CUDA graph can hold each.
 
     Attributes:
         version: the number of the newest, from 1 on, (1,) int32 on the device.
