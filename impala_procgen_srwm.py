@@ -63,7 +63,7 @@ class EnvironmentArgs:
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels
     num_actors: Positive | None = None  # actor threads (None: by the number of cores)
-    num_envs: Positive | None = None  # environments of each (None: 45 to 90 or more; on a CPU 36)
+    num_envs: Positive | None = None  # of each (None: by cores and batch, often 90; on a CPU 36)
     num_servers: Positive | None = None  # processes of the engine (None: one for each core)
 
 
@@ -419,7 +419,7 @@ class Learner:
 
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args, self.weights = agent, args, srwm_cuda.Weights(agent)
-        self.parameters = list(agent.parameters())
+        self.parameters = [x for x in agent.parameters() if x.requires_grad]
         self.learning_rate, self.told = self.parameters[0].new_tensor([args.learning_rate, 0])
         self.optimizer = torch.optim.RMSprop(
             self.parameters, self.learning_rate, args.alpha, args.epsilon, momentum=args.momentum,
@@ -550,7 +550,7 @@ def train(run, stop):
                 break
             learner.update(args.learning_rate * (1 - step / args.total_steps), stop.is_set())
             step += run.step_size
-            run.count()
+            run.count(left=int(args.cuda))  # on a GPU, the newest is not done
             run.validate()
             run.log()
             run.save()
@@ -712,8 +712,7 @@ def unfinished_run(given):
             with contextlib.suppress(ValueError, OSError):
                 checkpoint = checkpoints.load_checkpoint(path, SCRIPT)
                 saved = replace(from_plain(checkpoint["args"]), resume=None)
-                unfinished = checkpoint["step"] < given.total_steps
-                if saved == replace(given, resume=None) and unfinished:
+                if saved == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
                     checkpoints.lock(path.parent)
                     return path.parent
     return None
@@ -761,7 +760,7 @@ class Run:
         same = all(then.get(name) == now[name] for name in now if name.startswith("valid_"))
         self.valid_episodes = Episodes(games, checkpoint.get("valid_episodes") if same else None)
         self.step_size = self.args.unroll_length * self.args.batch_size * NUM_PROCESSES
-        self.end = self.args.total_steps  # or where all processes stop
+        self.end, self.failed = self.args.total_steps, None  # when to stop, and why
         self.updates = self.skipped = self.skipped_in_a_row = 0  # skipped: not finite
         self.folder = given.resume
         if RANK == 0:
@@ -826,8 +825,7 @@ class Run:
         with contextlib.suppress(ValueError):  # it may be newer than the checkpoint, or not there
             best = checkpoints.load_checkpoint(self.folder / "best.pt", SCRIPT)
             now = self.history[-1]["args"]
-            valid_names = [name for name in now if name.startswith("valid_")]
-            if all(best["args"].get(name) == now[name] for name in valid_names):
+            if all(best["args"].get(x) == now[x] for x in now if x.startswith("valid_")):
                 self.best = best["best"]
         files = self.folder.glob("checkpoint_*.pt")
         steps = [path.stem.removeprefix("checkpoint_") for path in files]
@@ -835,16 +833,17 @@ class Run:
         wanted = self.args.save_extra_checkpoint or math.inf
         self.extra = math.inf if wanted <= min(self.step, kept) else wanted  # from which step on
 
-    def count(self, left=1):
-        """Counts updates, all but the last `left`. FloatingPointError: too many are not finite."""
+    def count(self, left):
+        """Counts updates, all but the last `left`."""
         self.save_due = RANK == 0 and time.monotonic() - self.saved >= self.args.save_interval
         for statistics, finite in self.learner.reports.read(0 if self.save_due else left):
-            if statistics.pop("told"):  # all stop after the next one: some have queued it by now
-                self.end = min(self.end, self.step + 2 * self.step_size)
+            told = statistics.pop("told")
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
             if self.skipped_in_a_row == MAX_SKIPPED:
-                raise FloatingPointError(f"{MAX_SKIPPED} updates in a row, the last after step "
-                                         f"{self.step:,}, are not finite: {statistics}")
+                self.failed = (f"{MAX_SKIPPED} updates in a row, the last after step "
+                               f"{self.step:,}, are not finite: {statistics}")
+            if told or self.failed:  # all stop after the next one: some have queued it by now
+                self.end = min(self.end, self.step + 2 * self.step_size)
             self.step += self.step_size
             self.updates, self.skipped = self.updates + 1, self.skipped + (not finite)
             if finite:
@@ -920,6 +919,8 @@ class Run:
         """Logs and saves what training ends with."""
         written = True
         self.count(left=0)
+        if self.failed:
+            raise FloatingPointError(self.failed)
         if RANK == 0:
             self.log(at_once=True)
             written = all([self.write("checkpoint.pt"),  # at first: a scheduler may kill soon
@@ -953,8 +954,7 @@ class Validation(ActorPool):
 
     def __init__(self, args, episodes, weights, engine, seed, stop):
         super().__init__(engine.args, episodes, weights, engine, seed, stop, num_unrolls=1)
-        # In updates: 3 % of all steps.
-        self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))
+        self.interval = math.ceil(self.args.num_envs / (0.03 * args.batch_size))  # 3 % of steps
 
     def after_update(self, number):
         self.check()

@@ -6,7 +6,8 @@ import torch
 class Weights:
     """The newest parameters and buffers of an agent, in a ring of eight rows on its device. Nobody waits for anybody: a row is
     whole when it is published, and is written again only eight updates later. To copy one takes a small part of an update's
-    time, so nobody reads half an update. No method waits for the device, and a CUDA graph can hold each.
+    time, so nobody reads half an update. No method waits for the device, and a CUDA graph can hold each. What gives an
+    agent other tensors afterwards, as its `double()` does, takes them out of the ring.
 
     Attributes:
         version: the number of the newest, from 1 on, (1,) int32 on the device.
@@ -42,21 +43,22 @@ class Weights:
     def fetch(self, agent):
         """Gives an attached agent what is the newest when its device comes to it."""
         if agent.row.is_cuda or agent.version.item() != self.version.item():
-            torch.index_select(self.ring, 0, self.slot, out=agent.row.unsqueeze(0))
+            slot = self.slot.clone()  # read once: blocks of a kernel begin one after the other
+            torch.index_select(self.ring, 0, slot, out=agent.row.unsqueeze(0))
 
 
 def _into_row(agent):
     """Moves an agent's parameters and buffers into one tensor. Returns that, and its last part, a version, (1,) int32."""
     tensors = [*agent.parameters(), *agent.buffers()]
     version = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
-    return in_one(*tensors, version), version
+    return in_one([*tensors, version], version.device), version
 
 
 @torch.no_grad()
-def in_one(*tensors):
-    """Moves tensors of any type into one of float32 numbers, of which each is a part from now on. Returns that one."""
+def in_one(tensors, device):
+    """Moves tensors of any type on a device into one of float32 numbers, of which each is a part from now on. Returns it."""
     sizes = [-(-x.nbytes // 256) * 64 for x in tensors]  # pieces of 256 bytes
-    row = torch.zeros(sum(sizes), device=tensors[0].device if tensors else None)
+    row = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
     for x, part in zip(tensors, row.split(sizes)):
         part = part.view(x.dtype).as_strided(x.shape, torch.empty_like(x).stride())  # dense, also of a slice
         part.copy_(x)
@@ -108,7 +110,9 @@ def prepare_optimizer(optimizer, saved=None):
         before = saved["state"].get(index, {}) if saved else {}
         for name, average in optimizer.state[parameter].items():  # all tensors, as of a capturable one
             average.copy_(before.get(name, torch.zeros_like(average)))
-    return in_one(*[average for parameter in parameters for average in optimizer.state[parameter].values()])
+    averages = [average for parameter in parameters for average in optimizer.state[parameter].values()]
+    device = parameters[0].device  # on a CPU beside it: how many steps, where the optimizer is not capturable
+    return in_one([average for average in averages if average.device == device], device)
 
 
 @torch.no_grad()

@@ -95,6 +95,41 @@ def test_parameters_that_no_process_or_only_one_uses_train_with_the_rest(tmp_pat
     assert torch.equal(first["unused"], torch.ones(3)) and not torch.equal(first["used_by_one"], torch.ones(15))
 
 
+@pytest.fixture
+def ahead(tmp_path):
+    """A copy of the script that queues an update before it reads the last one's report, as on a GPU. The first process has read
+    one more, since it saves after each update."""
+    def write(*replacements):
+        text = (ROOT / "impala_procgen_srwm.py").read_text()
+        for old, new in (("left=int(args.cuda)", "left=1"), *replacements):
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / "impala_procgen_ahead.py").write_text(text)
+        return tmp_path / "impala_procgen_ahead.py"
+    return write
+
+
+@pytest.mark.slow
+def test_processes_whose_updates_are_not_finite_end_after_the_same_one(ahead, tmp_path):
+    no_numbers = "rewards, discounts = batch.reward[1:]", "rewards, discounts = batch.reward[1:] / 0"
+    copy = ahead(("MAX_SKIPPED = 50", "MAX_SKIPPED = 3"), no_numbers)
+    process = torchrun(tmp_path, copy, "--save-interval", 0)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Connection closed" not in out, out
+    assert out.count("the last checkpoint is kept: 3 updates in a row, the last after step 80") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_of_which_one_is_told_to_stop_end_after_the_same_update(rank, ahead, tmp_path):
+    process = torchrun(tmp_path, ahead(), "--save-interval", 0)
+    wait_for_steps(process)
+    os.kill(workers(process)[rank], signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.count("saved runs/") == 1, out
+    assert checkpoint(tmp_path)["step"] == STEPS * checkpoint(tmp_path)["optimizer"]["state"][0]["step"]
+
+
 def workers(launcher):
     """The launcher's processes, by rank."""
     found = {}

@@ -450,6 +450,40 @@ def test_an_optimizer_whose_averages_were_made_beforehand_steps_like_a_new_one(k
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("kind, kept", [(torch.optim.SGD, 0), (torch.optim.Adam, 2)])
+def test_averages_are_kept_where_the_parameters_are(kind, kept):
+    """How many steps Adam has made is on the CPU, unless it is capturable, and stays there."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))  # PyTorch's device without memory
+    optimizer = kind([parameter], 0.1)
+    averages = srwm_cuda.prepare_optimizer(optimizer)
+    assert averages.device.type == "meta" and len(averages) == 64 * kept  # 256 bytes each
+    assert sum(x.device.type == "meta" for x in optimizer.state[parameter].values()) == kept
+
+
+def test_weights_travel_whatever_the_default_type_of_numbers_is():
+    source = torch.nn.Linear(3, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weights, target = srwm_cuda.Weights(source), torch.nn.Linear(3, 3, dtype=torch.float32)
+        weights.attach(target)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
+
+
+def test_frozen_parameters_stay_whatever_the_optimizer_does():
+    args = script.Args(**ARGS)
+    agent = script.Agent(args)
+    agent.encoder.requires_grad_(False)
+    learner = script.Learner(agent, args)
+    learner.optimizer.param_groups[0]["weight_decay"] = 0.5
+    before = [x.clone() for x in agent.parameters()]
+    update(learner, 0.1)
+    same = [torch.equal(*pair) for pair in zip(before, agent.parameters())]
+    frozen = len(list(agent.encoder.parameters()))
+    assert sum(same[:frozen]) == frozen and not any(same[frozen:])
+
+
 def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     run = train("--total-steps", 400)
     checkpoint = read(run)
