@@ -16,8 +16,7 @@ arXiv 2202.05780). Learning: IMPALA with V-trace (Espeholt et al. 2018, arXiv 18
 The engine's processes play the environments. Learner and actors are threads of this process. The
 story comes first, then housekeeping. For an ablation, copy this file; the scripts of the other five
 agents are this one but for the model section. In shapes, T is time steps, B environments, H heads
-of size D; "the reference" is the paper's own code, IDSIA/modern-srwm. Expect about 290,000 steps a
-second on one H200 with 16 cores, and 300 to 1,000 on two CPU cores.
+of size D; "the reference" is the paper's own code, IDSIA/modern-srwm.
 """
 
 import contextlib
@@ -238,9 +237,11 @@ class Actor:
         self.noise = torch.zeros_like(self.unroll.logits)  # log Exp(1)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_diverged, self.waited = torch.zeros((), device=device), 0.0  # for free unrolls
+        self.scale = torch.ones(1, B, pin_memory=args.cuda)  # of rewards
         self.flags = srwm_cuda.Flags(block.flags, device, block.tensors)
         self.parts = [functools.partial(self.steps, t, min(t + 5, T)) for t in range(0, T, 5)]
         self.stream = self.make_stream() if args.cuda else None
+        self.begun, self.queued = 0, []  # parts: of the next unroll, and those that may not be over
 
     def make_stream(self):
         """A CUDA stream for the actor, whose parts become CUDA graphs."""
@@ -259,10 +260,9 @@ class Actor:
         if begin == 0:
             self.num_diverged += srwm_cuda.reset_diverged(self.state, self.bound)
             self.noise.exponential_(generator=self.generator).log_()
+            self.unroll.reward_scale.copy_(self.scale, non_blocking=True)
             for first, now in zip(self.unroll.state, self.state):
-                if not self.args.carry_state:
-                    now.zero_()
-                first.copy_(now)
+                first.copy_(now if self.args.carry_state else now.zero_())
         state = self.state
         for t in range(begin, end):
             self.observe(t)
@@ -290,24 +290,28 @@ class Actor:
         self.block.action.copy_(self.unroll.action[t], non_blocking=True)
         return state
 
-    def play(self, unroll):
-        """Fills the unroll with T steps."""
+    def play(self, unroll, ahead=False):
+        """Fills the unroll with T steps. `ahead`: the GPU then begins the next one by itself."""
         if self.args.reward_clipping == "normalize":
-            self.unroll.reward_scale.copy_(self.episodes.reward_scale(self.args.num_envs))
-        events = []
-        for part in self.parts:
-            if len(events) > 1:  # at most two are queued: with more, starting them is slow
-                events[-2].synchronize()
-            if self.block.closed:
-                return  # nobody reads it
-            part()
-            events.append(srwm_cuda.record_event())
+            self.scale.copy_(self.episodes.reward_scale(self.args.num_envs))
+        self.queue(self.parts[self.begun :])
         # A CUDA graph always writes to the same addresses: to self.unroll, and from there to this.
         unroll.read.wait()
         unroll.copy_from(self.unroll, 0, self.args.num_envs)
-        srwm_cuda.synchronize()
-        ended = self.unroll.reward[1:].cpu().numpy(), self.unroll.done[1:].cpu().numpy()
-        self.totals = self.episodes.add_unroll(*ended, self.totals)
+        ended = [x[1:].to("cpu", non_blocking=True) for x in (unroll.reward, unroll.done)]
+        full, self.begun = srwm_cuda.record_event(), int(ahead)
+        self.queue(self.parts[: self.begun])
+        full.synchronize()
+        self.totals = self.episodes.add_unroll(*map(np.asarray, ended), self.totals)
+
+    def queue(self, parts):
+        """Queues parts, or plays them: at most two at once, with more, starting them is slow."""
+        for part in parts:
+            if len(self.queued) > 1:
+                self.queued.pop(0).synchronize()
+            if not self.block.closed:
+                part()
+                self.queued.append(srwm_cuda.record_event())
 
 
 class ActorPool:
@@ -335,13 +339,12 @@ class ActorPool:
     def run(self, actor, free):
         try:
             with torch.cuda.stream(actor.stream):  # None on a CPU, where it does nothing
-                while True:
-                    begin = time.monotonic()
-                    if (unroll := free.get()) is None:
-                        break
+                begin = time.monotonic()
+                while (unroll := free.get()) is not None:
                     actor.waited += time.monotonic() - begin
-                    actor.play(unroll)
+                    actor.play(unroll, ahead=self.args.cuda and not free.empty())
                     self.full.put(unroll)
+                    begin = time.monotonic()
                 srwm_cuda.synchronize()  # what is still queued
         except BaseException as error:
             self.error = error  # for check() to raise
@@ -417,7 +420,6 @@ class Learner:
     def loss(self):
         """The loss, a sum over time and batch as in the paper, and statistics, means over both."""
         batch, args = self.batch, self.args
-        acting_logits = None
         if self.modes_differ:  # what is compared with mu is the policy as actors would act now
             acting_logits = srwm_cuda.acting_logits(self.agent, *batch.inputs, batch.state)
         logits, values, _ = self.agent(*batch.inputs, batch.state)
@@ -439,10 +441,9 @@ class Learner:
         baseline_loss = 0.5 * (vs - values).square().sum()
         entropy = -(log_pi.exp() * log_pi).sum()
         loss = policy_loss + args.baseline_cost * baseline_loss - args.entropy_cost * entropy
-        lag = self.weights.version - batch.version  # (T, B), in updates
         sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/entropy": entropy,
                 "loss/total": loss, "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum(),
-                "policy_lag": lag.sum()}
+                "policy_lag": (self.weights.version - batch.version).sum()}  # in updates
         means = torch.stack([*sums.values()]).detach() / log_rhos.numel()
         return loss, dict(zip(sums, means.unbind()))
 
@@ -663,16 +664,10 @@ def parse_args(launch):
 
 def unfinished_run(given):
     """The newest run with these arguments that has steps left and is not in use, now locked."""
-    found = Path("runs").glob("*/checkpoint.pt")
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        if path.parent.name.startswith(f"{given.exp_name}__{given.seed}__"):
-            with contextlib.suppress(ValueError, OSError):
-                checkpoint = checkpoints.load_checkpoint(path, SCRIPT)
-                saved = replace(from_plain(checkpoint["args"]), resume=None)
-                if saved == replace(given, resume=None) and checkpoint["step"] < given.total_steps:
-                    checkpoints.lock(path.parent)
-                    return path.parent
-    return None
+    def wanted(checkpoint):
+        saved = replace(from_plain(checkpoint["args"]), resume=None)
+        return saved == replace(given, resume=None) and checkpoint["step"] < given.total_steps
+    return checkpoints.find_and_lock(f"{given.exp_name}__{given.seed}__", SCRIPT, wanted)
 
 
 def make_agent(args, checkpoint):

@@ -50,7 +50,8 @@ def settings(which, script):
         return [(name, words, cores, 1) for name, words in AGENTS.items()]
     if which == "scaling":
         gpus = torch.cuda.device_count()
-        return [(f"{n} GPU{'s' * (n > 1)}", script, cores * n // gpus, n) for n in (1, 2, 4, 8) if n <= gpus]
+        rows = [(f"{n} GPU{'s' * (n > 1)}", script, cores * n // gpus, n) for n in (1, 2, 4, 8) if n <= gpus]
+        return [rows[0], ("1 GPU, all cores", script, cores, 1), *rows[1:]] if gpus > 1 else rows
     runs = [("default", "", cores)]
     runs += [(f"{n} core{'s' * (n > 1)}", "", n) for n in (1, 2, 4, 8, 16, 32) if n < cores]
     runs += [(f"{size} environments", "--num-actors {} --num-envs {}".format(*size.split(" x ")), cores)

@@ -105,6 +105,19 @@ def load_checkpoint(path, script):
     return checkpoint
 
 
+def find_and_lock(prefix, script, wanted):
+    """The folder, now locked, of the newest run in runs/ whose name begins with `prefix`, whose checkpoint is of this script
+    and `wanted`, and which nobody uses. None if there is none."""
+    found = Path("runs").glob("*/checkpoint.pt")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if path.parent.name.startswith(prefix):
+            with contextlib.suppress(ValueError, OSError):
+                if wanted(load_checkpoint(path, script)):
+                    lock(path.parent)
+                    return path.parent
+    return None
+
+
 def load_weights(agent, checkpoint):
     """Gives an agent the weights of a checkpoint. Raises ValueError if it is of other sizes."""
     try:

@@ -91,6 +91,23 @@ def test_an_unroll_begins_with_the_time_step_that_ended_the_one_before():
     assert not torch.equal(second.obs[0], unroll.obs[0]) and torch.equal(unroll.done[0], torch.ones(6, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("length", first_fast(20, 5, 3))  # graphs have five steps: the next unroll is begun, or played to its end
+def test_an_unroll_that_is_begun_ahead_is_the_same(length):
+    """So are returns; and what is handed on is not written to by what is begun."""
+    args = script.Args(**ARGS | dict(unroll_length=length))
+    kinds = ("obs", "reward", "done", "action", "logits")
+    unrolls, recorded = [], []
+    for ahead in (False, True):
+        actor, _, unroll, episodes = parts(args, ["starpilot", "fruitbot"])
+        for number in range(160 // length):
+            actor.play(unroll, ahead and number % 3 > 0)
+            unrolls += [[getattr(unroll, kind).clone() for kind in kinds] + [x.clone() for x in unroll.state]]
+        recorded.append((episodes.saved(), actor.totals.tolist()))
+    half = len(unrolls) // 2
+    assert all(torch.equal(x, y) for pair in zip(unrolls[:half], unrolls[half:]) for x, y in zip(*pair))
+    assert recorded[0] == recorded[1] and all(recorded[0][0].values())
+
+
 def test_unrolls_and_recorded_episodes_are_those_of_the_engine():
     """The same seed and actions on an engine of our own give the same frames, rewards and episode starts, in the same places;
     and the same returns, lengths and games."""
