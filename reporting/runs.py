@@ -161,8 +161,7 @@ def note_changes(about, path, script):
     names = dict(code=about["script"]) | {name: name for name in SHARED}
     if changed := [names[name] for name in now if about[name] not in ("", now[name])]:
         copy = ", whose folder has a copy of the script as it was" * (about["run"] is not None)
-        have = "has" if len(changed) == 1 else "have"
-        print(f"note: {' and '.join(changed)} {have} changed since {path} was trained{copy}", file=sys.stderr)
+        print(f"note: {path} was trained with another version of {' and '.join(changed)}{copy}", file=sys.stderr)
 
 
 def channels_first(agent):

@@ -21,7 +21,7 @@ FRUITBOT = ("--env", "fruitbot")  # of whose levels an episode takes about a hun
 
 def first_fast(*values):
     """Parameters of a test, of which all but the first are slow."""
-    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+    return [*values[:1], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
 
 
 def pytest_collection_modifyitems(items):

@@ -153,7 +153,7 @@ def test_a_run_is_tied_to_the_text_of_its_script(own_copy, train, score, command
     capsys.readouterr()
     score(first, second, "--num-levels", 1, *FRUITBOT)
     out, error = capsys.readouterr()
-    note = f"note: my_ablation.py has changed since {first}/checkpoint.pt was trained"
+    note = f"note: {first}/checkpoint.pt was trained with another version of my_ablation.py"
     assert error.count(note) == 1 == error.count("note")
     assert len(set(re.findall("my_ablation code ([0-9a-f]{8})", out))) == 2
     assert (first / "my_ablation.py").read_text() == text

@@ -99,7 +99,7 @@ def test_an_unroll_that_is_begun_ahead_is_the_same(length):
     unrolls, recorded = [], []
     for ahead in (False, True):
         actor, _, unroll, episodes = parts(args, ["starpilot", "fruitbot"])
-        for number in range(160 // length):
+        for number in range(100 // length):
             actor.play(unroll, ahead and number % 3 > 0)
             unrolls += [[getattr(unroll, kind).clone() for kind in kinds] + [x.clone() for x in unroll.state]]
         recorded.append((episodes.saved(), actor.totals.tolist()))
