@@ -208,12 +208,9 @@ class Agent(nn.Module):
 
 @torch.no_grad()
 def vtrace(log_rhos, discounts, rewards, values, bootstrap_value):
-    """V-trace targets and policy-gradient advantages (Espeholt et al. 2018, section 4.1), with all
-    weights clipped at 1.
-
-    log_rhos (log(pi / mu) of the actions taken), discounts, rewards and values are (T, B),
-    bootstrap_value (V at step T) is (B,). Returns vs and pg_advantages, (T, B) each.
-    """
+    """V-trace targets vs and policy-gradient advantages, (T, B) each (Espeholt et al. 2018, section
+    4.1), with all weights clipped at 1. log_rhos (log(pi / mu) of the actions taken), discounts,
+    rewards and values are (T, B), bootstrap_value (V at step T) is (B,)."""
     rhos = log_rhos.exp().clamp(max=1.0)
     next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
     deltas, factors = rhos * (rewards + discounts * next_values - values), discounts * rhos
@@ -265,8 +262,7 @@ class Unroll:
 
 class Actor:
     """Plays a block of environments with the newest weights, and fills unrolls with it. On a GPU
-    its thread queues CUDA graphs, of a few steps each: its stream and the engine's processes wait
-    for each other by themselves."""
+    its thread only queues graphs of a few steps: its stream and the engine wait for each other."""
 
     def __init__(self, args, block, weights, episodes, seed):
         T, B, device = args.unroll_length, args.num_envs, "cuda" if args.cuda else "cpu"
@@ -276,14 +272,15 @@ class Actor:
         weights.attach(self.agent)  # gives it a `version`
         self.bound = getattr(self.agent, "state_bound", math.inf)
         self.unroll, self.state = Unroll(self.agent, T, B), self.agent.initial_state(B)
-        self.noise = torch.zeros_like(self.unroll.logits)  # log Exp(1)
+        self.noise = torch.zeros_like(self.unroll.logits)  # n = log Exp(1): argmax(log p - n) ~ p
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_diverged, self.waited = torch.zeros((), device=device), 0.0  # for free unrolls
-        self.scale = torch.ones(1, B, pin_memory=args.cuda)  # of rewards
+        self.scale = torch.ones(1, B, pin_memory=args.cuda)  # of rewards, for steps()
         self.flags = srwm_cuda.Flags(block.flags, device, block.tensors)
         self.parts = [functools.partial(self.steps, t, min(t + 5, T)) for t in range(0, T, 5)]
+        self.captured = args.cuda and args.cuda_graphs and self.flags.on_stream
         self.stream = self.make_stream() if args.cuda else None
-        self.begun, self.queued = 0, []  # parts: of the next unroll, and those that may not be over
+        self.begun, self.events = 0, []  # queued parts of the next unroll; after each part
 
     def make_stream(self):
         """A CUDA stream for the actor, whose parts become CUDA graphs."""
@@ -291,7 +288,7 @@ class Actor:
         stream.wait_stream(torch.cuda.current_stream())  # on which the tensors above were made
         with torch.cuda.stream(stream):
             self.infer(0, self.state)  # compiles kernels
-        if self.args.cuda_graphs and self.flags.on_stream:
+        if self.captured:
             memory = torch.cuda.graph_pool_handle()
             self.parts = [srwm_cuda.capture(part, stream, self.generator, memory)
                           for part in self.parts]
@@ -327,33 +324,36 @@ class Actor:
         self.weights.fetch(self.agent)
         logits, _, state = self.agent(*(x[t : t + 1] for x in self.unroll.inputs), state)
         self.unroll.logits[t], self.unroll.version[t] = logits[0], self.agent.version
-        # argmax(log p - log Exp(1)) is a sample of p
         torch.argmax(logits[0] - self.noise[t], -1, out=self.unroll.action[t])
         self.block.action.copy_(self.unroll.action[t], non_blocking=True)
         return state
 
-    def play(self, unroll, ahead=False):
-        """Fills the unroll with T steps. `ahead`: the GPU then begins the next one by itself."""
+    def play(self, unroll, free=None):
+        """Fills the unroll with T steps. A GPU then begins the next, if `free` has more."""
         if self.args.reward_clipping == "normalize":
             self.scale.copy_(self.episodes.reward_scale(self.args.num_envs))
         self.queue(self.parts[self.begun :])
+        if self.block.closed:
+            return  # nobody reads it
         # A CUDA graph always writes to the same addresses: to self.unroll, and from there to this.
         unroll.read.wait()
         unroll.copy_from(self.unroll, 0, self.args.num_envs)
         ended = [x[1:].to("cpu", non_blocking=True) for x in (unroll.reward, unroll.done)]
-        full, self.begun = srwm_cuda.record_event(), int(ahead)
+        full = srwm_cuda.record_event()
+        self.begun = min(1, free.qsize()) if self.captured and free else 0
         self.queue(self.parts[: self.begun])
         full.synchronize()
         self.totals = self.episodes.add_unroll(*map(np.asarray, ended), self.totals)
 
     def queue(self, parts):
-        """Queues parts, or plays them: at most two at once, with more, starting them is slow."""
+        """Queues parts, or plays them. At most two wait: with more, starting them is slow."""
         for part in parts:
-            if len(self.queued) > 1:
-                self.queued.pop(0).synchronize()
-            if not self.block.closed:
-                part()
-                self.queued.append(srwm_cuda.record_event())
+            if len(self.events) > 1:
+                self.events.pop(0).synchronize()
+            if self.block.closed:
+                return
+            part()
+            self.events.append(srwm_cuda.record_event())
 
 
 class ActorPool:
@@ -379,17 +379,17 @@ class ActorPool:
             thread.start()
 
     def run(self, actor, free):
-        try:
-            with torch.cuda.stream(actor.stream):  # None on a CPU, where it does nothing
+        with torch.cuda.stream(actor.stream):  # None, on a CPU, does nothing
+            try:
                 begin = time.monotonic()
                 while (unroll := free.get()) is not None:
                     actor.waited += time.monotonic() - begin
-                    actor.play(unroll, ahead=self.args.cuda and not free.empty())
+                    actor.play(unroll, free)
                     self.full.put(unroll)
                     begin = time.monotonic()
-                srwm_cuda.synchronize()  # what is still queued
-        except BaseException as error:
-            self.error = error  # for check() to raise
+            except BaseException as error:
+                self.error = error  # for check() to raise
+            srwm_cuda.synchronize()  # what is still queued
 
     def get(self):
         """The next full unroll, for which a deterministic actor plays now; None: see Stop.now()."""

@@ -190,11 +190,11 @@ def test_a_run_goes_on_without_an_update_that_is_not_finite_and_with_a_new_matri
             unrolls[-1].state[0][0] = float("nan")
         return unrolls[-1]
 
-    def play_from_far_away(actor, unroll, ahead):
+    def play_from_far_away(actor, unroll, free):
         plays.append(actor)
         if len(plays) == 3:
             actor.state[0][0, 0] = 1e6
-        return play(actor, unroll, ahead)
+        return play(actor, unroll, free)
 
     monkeypatch.setattr(script.ActorPool, "get", get_third_without_end)
     monkeypatch.setattr(script.Actor, "play", play_from_far_away)

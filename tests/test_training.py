@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import math
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -91,17 +92,21 @@ def test_an_unroll_begins_with_the_time_step_that_ended_the_one_before():
     assert not torch.equal(second.obs[0], unroll.obs[0]) and torch.equal(unroll.done[0], torch.ones(6, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("length", first_fast(20, 5, 3))  # graphs have five steps: the next unroll is begun, or played to its end
-def test_an_unroll_that_is_begun_ahead_is_the_same(length):
+@pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("length", first_fast(20, 5, 3))  # a part has five steps: the next unroll is begun, or all of it
+def test_an_unroll_that_is_begun_ahead_is_the_same(length, cuda):
     """So are returns; and what is handed on is not written to by what is begun."""
-    args = script.Args(**ARGS | dict(unroll_length=length))
-    kinds = ("obs", "reward", "done", "action", "logits")
-    unrolls, recorded = [], []
+    args = script.Args(**ARGS | dict(unroll_length=length, cuda=cuda))
+    kinds = ("obs", "reward", "done", "action", "logits", "version", "reward_scale")
+    unrolls, recorded, others = [], [], queue.Queue()
+    others.put("another free one")
     for ahead in (False, True):
         actor, _, unroll, episodes = parts(args, ["starpilot", "fruitbot"])
-        for number in range(100 // length):
-            actor.play(unroll, ahead and number % 3 > 0)
-            unrolls += [[getattr(unroll, kind).clone() for kind in kinds] + [x.clone() for x in unroll.state]]
+        actor.captured, number = True, 100 // length
+        with torch.cuda.stream(actor.stream):
+            for n in range(number):
+                actor.play(unroll, others if ahead and n % 3 > 0 and n < number - 1 else None)
+                unrolls += [[getattr(unroll, kind).clone() for kind in kinds] + [x.clone() for x in unroll.state]]
         recorded.append((episodes.saved(), actor.totals.tolist()))
     half = len(unrolls) // 2
     assert all(torch.equal(x, y) for pair in zip(unrolls[:half], unrolls[half:]) for x, y in zip(*pair))
