@@ -46,7 +46,7 @@ import srwm_cuda
 from housekeeping import arguments, checkpoints, processes, say
 from housekeeping.arguments import Amount, Count, Fraction, Positive, PositiveAmount, Steps
 from housekeeping.engine import GAMES, RETURN_RANGE, Engine, Mode, ProcgenGym3Env, check_games
-from housekeeping.episodes import Episodes, each_has_ended
+from housekeeping.episodes import Episodes, each_has_ended, have_ended
 from housekeeping.launch import LOCAL_RANK, NUM_LOCAL, NUM_PROCESSES, RANK, Launch, num_cores
 from housekeeping.log import Log
 from housekeeping.signals import Stop, answer_signals
@@ -598,9 +598,7 @@ def check_args(args):
     if args.cuda and NUM_LOCAL > torch.cuda.device_count():
         raise ValueError(f"--cuda needs a GPU for each process: {NUM_LOCAL}, not "
                          f"{torch.cuda.device_count()}")
-    name = args.exp_name
-    if Path(name).name != name or not name.isprintable() or len(name) > 200:
-        raise ValueError(f"--exp-name must be a folder's name, got '{name}'")
+    checkpoints.check_name(args.exp_name)
     if (args.save_extra_checkpoint or 0) > args.total_steps:
         raise ValueError(f"--save-extra-checkpoint must be at most --total-steps "
                          f"{args.total_steps}, got {args.save_extra_checkpoint}")
@@ -613,13 +611,7 @@ def check_args(args):
     games = [args.env] if args.env is not None else games[: args.multi_env or 6]
     check_games(games, args)
     if args.valid_num_levels:
-        valid = validation_args(args, games)
-        check_games(games, valid, "valid-")
-        first, last = valid.start_level, valid.start_level + valid.num_levels - 1
-        end = args.start_level + (args.num_levels or 2**31)
-        if valid.distribution_mode == mode and first < end and args.start_level <= last:
-            raise ValueError("--valid-start-level must begin levels that are not trained on, got "
-                             f"{first} to {last}")
+        check_games(games, validation_args(args, games), "valid-", args)
     return games
 
 
@@ -766,8 +758,10 @@ class Run:
         cnn = "PyTorch, since Encoder was changed" if args.cuda and args.bf16 else "PyTorch"
         if isinstance(encoder, Encoder) and encoder.fused():
             cnn = "kernels"
+        begin = f" with the weights of {args.init_from}" if args.init_from else ""
+        begin = f" from {self.step:,} on" if self.step else begin
         line = (f"{self.folder}: {', '.join(games)} ({args.distribution_mode}), "
-                f"{args.total_steps:,} steps, {args.num_actors} actors x {args.num_envs} "
+                f"{args.total_steps:,} steps{begin}, {args.num_actors} actors x {args.num_envs} "
                 f"environments, {numbers:,} parameters on {device}, the CNN: {cnn}, processes: "
                 f"{NUM_PROCESSES}")
         if self.step and (old := self.history[-2]["args"]["total_steps"]) != args.total_steps:
@@ -854,14 +848,16 @@ class Run:
         if mean in valid:
             scalars["generalization_gap"] = means[mean] - valid[mean]
         self.entries.write(scalars, self.step)
+        first = self.step_logged == self.history[-1]["step"]  # with what the start took
         self.logged, self.step_logged, self.waits, self.sums = now, self.step, waits, Counter()
         total = self.args.total_steps
         left = timedelta(seconds=round(max(0, total - self.step) / max(sps, 1e-9)))
-        parts = [f"step {self.step:,} of {total:,}", f"{sps:,.0f} steps/s", f"{left} left"]
-        number = sum(map(len, self.episodes.recent.values()))
-        returns = f"{number} episodes, not yet one of each environment"
+        parts = [f"step {self.step:,} of {total:,}", f"{sps:,.0f} steps/s"]
+        parts += [f"{left} left"] * (not first)
+        returns = "{} of {} environments have ended an episode".format(*have_ended(self.pool))
         if mean and each_has_ended(self.pool):
             kind = mean.split("/")[0].replace("_", " ")
+            number = sum(map(len, self.episodes.recent.values()))
             returns = f"mean {kind} {means[mean]:.3f} of {number} episodes"
         if valid_mean and each_has_ended(self.validation):
             returns += f", validation {valid[valid_mean]:.3f}"
@@ -912,8 +908,9 @@ class Run:
             args, ended = self.args, self.step >= self.args.total_steps
             few = " --splits train --no-greedy --episodes 20" * (0 < args.num_levels < 20)
             more = f" --total-steps {2 * args.total_steps}" * ended
-            say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}\nnext: python "
-                f"evaluate.py {self.folder}{few}, or python {SCRIPT} --resume {self.folder}{more}")
+            say(f"saved {self.folder / 'checkpoint.pt'} at step {self.step:,}\n"
+                f"next: python evaluate.py {self.folder}{few}\n"
+                f"  or: python {SCRIPT} --resume {self.folder}{more}")
 
     def write(self, name, best=-math.inf):
         """Writes a checkpoint of this name. Returns whether it could."""

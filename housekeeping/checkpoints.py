@@ -36,6 +36,12 @@ def unlock_all():
         locks.popitem()[1].close()
 
 
+def check_name(name):
+    """Raises ValueError unless a folder can have that name, with a seed and a time behind it."""
+    if Path(name).name != name or not name.isprintable() or len(name) > 200:
+        raise ValueError(f"--exp-name must be a folder's name, got '{name}'")
+
+
 def make_folder(name):
     """A new folder runs/NAME__TIME, locked, in the working folder."""
     if not Path("runs").is_dir() and os.path.lexists("runs"):
@@ -84,7 +90,7 @@ def save_checkpoint(checkpoint, path):
 
 def load_checkpoint(path, script):
     """Reads what `Run.save` wrote to this file or folder, executing nothing of it; with script None, any script's."""
-    path = path if path.is_file() else path / "checkpoint.pt"
+    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:

@@ -57,13 +57,14 @@ GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
          "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
 
 
-def check_games(games, args, valid=""):
+def check_games(games, args, valid="", trained=None):
     """Raises ValueError unless the engine, which would abort the process, can play these levels of these games.
 
     Args:
         games: a list of names.
         args: with distribution_mode, num_levels and start_level.
         valid: begins the names of these arguments in messages: "valid-" for those of the validation.
+        trained: arguments of a training, with none of whose levels these may begin.
     """
     mode = args.distribution_mode
     if mode not in GAMES:
@@ -75,6 +76,10 @@ def check_games(games, args, valid=""):
         raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
     if args.start_level + args.num_levels >= 2**31:
         raise ValueError(f"--{valid}start-level plus --{valid}num-levels must be less than {2**31}")
+    if trained and trained.distribution_mode == mode:
+        first, last = args.start_level, args.start_level + args.num_levels - 1
+        if first < trained.start_level + (trained.num_levels or 2**31) and trained.start_level <= last:
+            raise ValueError(f"--{valid}start-level must begin levels that are not trained on, got {first} to {last}")
 
 
 class ProcgenGym3Env(_Engine):

@@ -65,7 +65,13 @@ class Episodes:
         return scalars
 
 
+def have_ended(pool):
+    """How many environments of a pool's actors have ended an episode since the run began, or was resumed; and of how many."""
+    ended = np.concatenate([actor.totals[2] > 0 for actor in pool.actors])
+    return ended.sum(), len(ended)
+
+
 def each_has_ended(pool):
-    """Whether each environment of a pool's actors has ended an episode since the run began, or was resumed. A mean before
-    that is one of the episodes that end first, which are another kind, such as won mazes."""
-    return all((actor.totals[2] > 0).all() for actor in pool.actors)
+    """Whether all have. A mean before that is one of the episodes that end first: another kind, such as won mazes."""
+    ended, number = have_ended(pool)
+    return ended == number

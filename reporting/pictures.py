@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import itertools
+import logging
 import math
 import re
 import shutil
@@ -193,6 +194,7 @@ def curves(folder):
     """The scalars in a run's TensorBoard files: {tag: (steps, values)}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resume, where nothing is missing
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T
             for tag in events.Tags()["scalars"]}
