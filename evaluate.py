@@ -1,9 +1,9 @@
 """Scores agents: plays each level of one or more splits once per game, or several times, and prints tables.
 
-    python evaluate.py runs/A runs/B --splits paper    training levels and the three test splits, all runs in one table
-    python evaluate.py --start-level 1000              newest checkpoint under runs/, levels 1000 to 1199
-    python evaluate.py runs/A --video out.mp4          the agent playing all its games; also --plot and --probe, out.png
-    python evaluate.py pretrained/srwm.pt              a file of weights alone is as good as a run
+    python evaluate.py runs/A runs/B --splits paper    training and test levels
+    python evaluate.py --start-level 1000              newest run, from that level
+    python evaluate.py runs/A --video out.mp4          a film; --plot, --probe
+    python evaluate.py pretrained/srwm.pt              weights alone are enough
 
 Agent, environments and normalization are those of the script which the checkpoint names: any impala_procgen_*.py, or
 your own copy beside this file. The paper's splits have 200 levels each: the training levels, and tests that start at
@@ -30,7 +30,7 @@ import tyro
 sys.path.append(str(Path(__file__).parent))  # where these are, also with PYTHONSAFEPATH
 from reporting import playing, tables
 from reporting.runs import Choice, load_run, read_record
-from housekeeping import processes
+from housekeeping import arguments, processes
 
 SAME = ("weights", "player", "distribution_mode", "start_level", "num_levels", "greedy", "action_seed", "episodes",
         "bf16")
@@ -183,7 +183,7 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # what the terminal's character set lacks becomes a question mark
     try:
-        args = tyro.cli(Args, description=__doc__)
+        args = tyro.cli(Args, description=arguments.for_terminal(__doc__))
         try:
             runs = prepare(args)
         except (ValueError, OSError) as error:

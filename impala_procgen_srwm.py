@@ -6,7 +6,7 @@ arXiv 2202.05780). Learning: IMPALA with V-trace (Espeholt et al. 2018, arXiv 18
     python impala_procgen_srwm.py --multi-env 6           learns six games
     python impala_procgen_srwm.py --env maze              or a single one
     python impala_procgen_srwm.py --resume runs/NAME      continues a run
-    python evaluate.py --start-level 1000                 scores it on new levels
+    python evaluate.py --start-level 1000                 tests it on new levels
     torchrun --nproc-per-node 2 impala_procgen_srwm.py    on two GPUs
 
     Engine -- frame, reward, done --> Actor -- full Unroll --> Learner

@@ -1,7 +1,9 @@
 """Arguments in a dataclass: types that know their range, the command line, and what a checkpoint holds of them."""
 
 import re
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -59,7 +61,17 @@ def command_line(kind, default, description):
     text = "\0".join(sys.argv[1:])  # --cuda False and --cuda=False, as sweeps write them, become --no-cuda
     for value, prefix in (("true", ""), ("false", "no-")):
         text = re.sub(rf"(?<![^\0])--({switches})[=\0]{value}(?![^\0])", rf"--{prefix}\1", text, flags=re.I)
-    return tyro.cli(kind, default=default, args=text.split("\0") if text else [], description=description)
+    return tyro.cli(kind, default=default, args=text.split("\0") if text else [], description=for_terminal(description))
+
+
+def for_terminal(text):
+    """A description whose paragraphs, but for indented ones, have lines that fit the terminal, if there is one."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    # tyro joins lines but those that do not begin with a letter: these begin with what changes no color.
+    return "\n\n".join(part if part.startswith(" ") else "\n\033[0m".join(textwrap.wrap(part, width))
+                       for part in text.split("\n\n"))
 
 
 def to_plain(value):

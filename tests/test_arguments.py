@@ -1,9 +1,14 @@
 """What is not allowed is refused with status 2 and one line that names the argument, before anything is written."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import fields
 from pathlib import Path
 
@@ -163,6 +168,24 @@ def test_help_is_the_manual_and_starts_without_the_notice_of_gym():
     assert "--unroll-length" in end.stdout and "steps T of an unroll" in end.stdout
     for field in fields(script.Args):
         assert re.search(rf"--{field.name.replace('_', '-')}\b[^(]*\n?[^-]*\w", end.stdout), field.name
+
+
+@pytest.mark.parametrize("name", first_fast("evaluate", *sorted(path.stem for path in ROOT.glob("impala_procgen_*.py"))))
+def test_help_fits_a_terminal_of_80_columns(name):
+    """In a real one, of which the command is the only program."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen([sys.executable, f"{name}.py", "--help"], cwd=ROOT, stdin=writer, stdout=writer,
+                               stderr=writer, env=environment | dict(TERM="xterm"))
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while some := os.read(reader, 2**16):
+            shown += some
+    os.close(reader)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+    assert process.wait() == 0 and len(lines) > 50 and max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 def test_a_missing_system_library_is_named_with_its_debian_package(command, refused, monkeypatch):
