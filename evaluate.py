@@ -1,7 +1,7 @@
 """Scores agents: plays each level of one or more splits once per game, or several times, and prints tables.
 
     python evaluate.py runs/A runs/B --splits paper    training and test levels
-    python evaluate.py --start-level 1000              newest run, from that level
+    python evaluate.py --start-level 1000              newest run, new levels
     python evaluate.py runs/A --video out.mp4          a film; --plot, --probe
     python evaluate.py pretrained/srwm.pt              weights alone are enough
 
