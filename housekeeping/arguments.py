@@ -66,7 +66,7 @@ def command_line(kind, default, description):
 
 def for_terminal(text):
     """A description whose paragraphs, but for indented ones, have lines that fit the terminal, if there is one."""
-    if not sys.stdout.isatty():
+    if not (sys.stdout and sys.stdout.isatty()):
         return text
     width = shutil.get_terminal_size().columns
     # tyro joins lines but those that do not begin with a letter: these begin with what changes no color.
