@@ -101,12 +101,15 @@ def test_an_unroll_that_is_begun_ahead_is_the_same(length, cuda):
     unrolls, recorded, others = [], [], queue.Queue()
     others.put("another free one")
     for ahead in (False, True):
-        actor, _, unroll, episodes = parts(args, ["starpilot", "fruitbot"])
+        with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # the learner captures its update on it
+            actor, _, unroll, episodes = parts(args, ["starpilot", "fruitbot"])
+            srwm_cuda.synchronize()
         actor.captured, number = True, 100 // length
         with torch.cuda.stream(actor.stream):
             for n in range(number):
                 actor.play(unroll, others if ahead and n % 3 > 0 and n < number - 1 else None)
                 unrolls += [[getattr(unroll, kind).clone() for kind in kinds] + [x.clone() for x in unroll.state]]
+            srwm_cuda.synchronize()
         recorded.append((episodes.saved(), actor.totals.tolist()))
     half = len(unrolls) // 2
     assert all(torch.equal(x, y) for pair in zip(unrolls[:half], unrolls[half:]) for x, y in zip(*pair))
