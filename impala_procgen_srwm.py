@@ -4,7 +4,7 @@ Paper: A Modern Self-Referential Weight Matrix That Learns to Modify Itself (Iri
 arXiv 2202.05780). Learning: IMPALA with V-trace (Espeholt et al. 2018, arXiv 1802.01561).
 
     python impala_procgen_srwm.py --multi-env 6           learns six games
-    python impala_procgen_srwm.py --env maze              or a single one
+    python impala_procgen_srwm.py --env maze leaper       or these two
     python impala_procgen_srwm.py --resume runs/NAME      continues a run
     python evaluate.py --start-level 1000                 tests it on new levels
     torchrun --nproc-per-node 2 impala_procgen_srwm.py    on two GPUs
@@ -56,8 +56,8 @@ FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # the last: what Enco
 
 @dataclass
 class EnvironmentArgs:
-    multi_env: Positive | None = None  # train on the first N games (None: 6, or the one of --env)
-    env: str | None = None  # train on this game alone
+    multi_env: Positive | None = None  # train on the first N games (None: 6, or those of --env)
+    env: tuple[str, ...] | None = None  # or on these; one named twice has twice the environments
     distribution_mode: Mode = "easy"  # each has its own list of games
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels
@@ -625,7 +625,7 @@ def check_args(args):
     if (args.multi_env or 0) > len(games):
         raise ValueError(f"--multi-env must be at most {len(games)} in distribution mode {mode}, "
                          f"got {args.multi_env}")
-    games = [args.env] if args.env is not None else games[: args.multi_env or 6]
+    games = games[: args.multi_env or 6] if args.env is None else [*args.env]
     check_games(games, args)
     if args.valid_num_levels:
         check_games(games, validation_args(args, games), "valid-", args)
@@ -686,7 +686,7 @@ def parse_args(launch):
         given = replace(command_line(saved), resume=path.parent if path.is_file() else path)
         for name in ["exp_name", "seed", "env", "multi_env", "distribution_mode", "num_levels",
                      "start_level", "reward_clipping", "carry_state", *model_names]:
-            old, new = getattr(saved, name), getattr(given, name)
+            old, new = (arguments.as_typed(getattr(x, name)) for x in (saved, given))
             if old != new and not (name == "multi_env" and {old, new} == {None, 6}):
                 raise ValueError(
                     f"{arguments.flag(name)} cannot become {new} in {given.resume}, which began "
@@ -777,6 +777,7 @@ class Run:
             cnn = "kernels"
         begin = f" with the weights of {args.init_from}" if args.init_from else ""
         begin = f" from {self.step:,} on" if self.step else begin
+        games = [f"{n} x {game}" if n > 1 else game for game, n in Counter(games).items()]
         line = (f"{self.folder}: {', '.join(games)} ({args.distribution_mode}), "
                 f"{args.total_steps:,} steps{begin}, {args.num_actors} actors x {args.num_envs} "
                 f"environments, {numbers:,} parameters on {device}, the CNN: {cnn}, processes: "

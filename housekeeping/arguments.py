@@ -43,6 +43,10 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def as_typed(value):
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+
+
 def check_values(args):
     """Raises ValueError for a number out of its type's range or a choice that is not allowed, wherever it comes from."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
@@ -97,7 +101,7 @@ def from_plain(plain, kind):
     if origin in (Union, UnionType):
         return None if plain is None else from_plain(plain, next(part for part in parts if part is not NoneType))
     if origin in (tuple, list):
-        one_kind = origin is list or ... in parts
+        one_kind, plain = origin is list or ... in parts, [plain] if isinstance(plain, str) else plain  # --env was one
         return origin(map(from_plain, plain, parts[:1] * len(plain) if one_kind else parts))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind[plain]

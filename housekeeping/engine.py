@@ -72,6 +72,8 @@ def check_games(games, args, valid="", trained=None):
     if unknown := [game for game in games if game not in GAMES[mode]]:
         allowed = ", ".join(GAMES[mode])
         raise ValueError(f"--env must be one of {allowed} in {valid}distribution mode {mode}, got {unknown[0]}")
+    if not games:
+        raise ValueError("--env must name a game, got none")
     if args.start_level > 0 and args.num_levels == 0:
         raise ValueError("--start-level needs --num-levels: with 0, all levels, procgen ignores it")
     if args.start_level + args.num_levels >= 2**31:

@@ -10,6 +10,7 @@ class Episodes:
     """The last 100 returns and lengths of each game."""
 
     def __init__(self, games, saved=None):
+        self.games = list(games)  # of an actor's environments, from the first on; some may be there more than once
         self.recent = {game: deque((saved or {}).get(game, ()), maxlen=100) for game in games}
 
     def add(self, game, episode_return, length):
@@ -19,7 +20,7 @@ class Episodes:
         """Adds the episodes that ended in an unroll, rewards and dones (T, B), whose environment n plays game n modulo their
         number. Totals (3, B): return and length of each environment's episode before it, and how many episodes it has
         ended; returns those after it."""
-        games, ends = list(self.recent), np.zeros_like(totals[:2])  # sums when an environment's last episode ended
+        games, ends = self.games, np.zeros_like(totals[:2])  # sums when an environment's last episode ended
         sums = np.stack([rewards, np.ones_like(rewards)], axis=1).cumsum(0, dtype=float) + totals[:2]  # (T, 2, B)
         for t, n in np.argwhere(dones):
             self.add(games[n % len(games)], *(sums[t, :, n] - ends[:, n]))
@@ -28,7 +29,7 @@ class Episodes:
 
     def reward_scale(self, B):
         """(1, B): one over the spread of each environment's game."""
-        return 1 / torch.tensor([self.spread(game) for game in self.recent]).repeat(1, B // len(self.recent))
+        return 1 / torch.tensor([self.spread(game) for game in self.games]).repeat(1, B // len(self.games))
 
     def full(self):
         return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())

@@ -135,7 +135,7 @@ def load_run(path, args):
     checkpoint = checkpoints.load_checkpoint(path, None)
     history = resolve_history(script, checkpoint, args)
     trained, trained_games = history[0]
-    mode, games = args.distribution_mode or trained.distribution_mode, list(args.env) or trained_games
+    mode, games = args.distribution_mode or trained.distribution_mode, list(args.env or dict.fromkeys(trained_games))
     if len(set(games)) < len(games):
         raise ValueError(f"--env must name each game once, got {' '.join(games)}")
     splits = choose_splits(args, mode, games, script, history, path.stem == "best")

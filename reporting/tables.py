@@ -16,6 +16,7 @@ import shutil
 import sys
 import textwrap
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -85,7 +86,10 @@ def earlier_parts(run):
 def learned(games, run):
     """What a run has learned from, and how: {name: words for it}."""
     parts = earlier_parts(run)
-    name = games[0] if len(games) == 1 else f"{len(games)} games"
+    shares = Counter(games)
+    name = f"{len(shares)} games" if len(shares) > 1 else games[0]
+    if len(set(shares.values())) > 1:
+        name += f" ({', '.join(f'{number} x {game}' for game, number in shares.items())})"
     return dict(games=name) | learned_from(run) | (dict(parts=parts) if parts else {})
 
 

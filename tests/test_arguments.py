@@ -18,9 +18,15 @@ from conftest import first_fast
 
 import evaluate
 import impala_procgen_srwm as script
-from housekeeping import engine, processes
+from housekeeping import arguments, engine, processes
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_checkpoint_may_have_a_single_game_as_it_once_was():
+    saved = arguments.to_plain(script.Args())
+    for plain, env in ((None, None), ("maze", ("maze",)), (["maze", "leaper"], ("maze", "leaper"))):
+        assert script.from_plain(saved | dict(env=plain)).env == env
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -28,6 +34,9 @@ ROOT = Path(__file__).parent.parent
     ("--env bigfish --distribution-mode memory", "--env must be one of dodgeball,"),
     ("--env maze --distribution-mode extreme", "--env must be one of leaper,"),
     ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
+    ("--env maze pong", "--env must be one of bigfish,"),
+    ("--env", "--env must name a game, got none"),
+    ("--env maze leaper maze --num-envs 32", "--num-envs must be a multiple of 3"),
     ("--multi-env 17", "--multi-env must be at most 16"),
     ("--multi-env 7 --distribution-mode memory", "--multi-env must be at most 6"),
     ("--multi-env 0", "--multi-env must be positive"),

@@ -323,6 +323,16 @@ def test_episodes_of_a_level_differ_the_first_is_that_of_one_and_all_are_the_sam
     assert len(set(episodes)) > 1
 
 
+@pytest.mark.slow
+def test_a_game_with_several_environments_in_training_is_scored_once(train, score, capsys):
+    run = train("--env", "fruitbot", "leaper", "fruitbot", "--num-envs", 6, "--multi-env", None, "--total-steps", 20)
+    assert ": 2 x fruitbot, leaper (easy), " in capsys.readouterr().out
+    score(run, "--num-levels", 1)
+    (record,) = (json.loads(file.read_text()) for file in run.glob("evaluation*.json"))
+    assert list(record["games"]) == ["fruitbot", "leaper"]
+    assert record["trained_games"] == ["fruitbot", "leaper", "fruitbot"]
+
+
 def test_a_cpu_computes_batches_of_the_slots_in_use_alone(few_slots, monkeypatch):
     policy = playing.Policy(script, Witness(), script.Args(cuda=False), greedy=True, seed=1)
     sizes, forward = [], Witness.forward
@@ -589,6 +599,7 @@ def test_the_tables_of_known_returns():
 @pytest.mark.parametrize("changes, names", [
     ([{}, {"seed": 2}], ["srwm", "srwm"]),
     ([{}, {"trained_games": ["maze"]}], ["srwm 2 games", "srwm maze"]),
+    ([{}, {"trained_games": ["maze", "bigfish", "maze"]}], ["srwm 2 games", "srwm 2 games (2 x maze, 1 x bigfish)"]),
     ([{}, {"flags": {"total_steps": "--total-steps 50000000", "seed": "--seed 2"}}],
      ["srwm", "srwm --total-steps 50M"]),
     ([{"flags": {"batch_size": "--batch-size 64"}}] * 2, ["srwm", "srwm"]),

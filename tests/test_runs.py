@@ -50,11 +50,13 @@ def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, ref
     """Be it finished or not."""
     before = contents(tmp_path)
     capsys.readouterr()
-    for words in ("--env maze", "--multi-env 3", "--distribution-mode hard", "--num-levels 100", "--start-level 1", "--seed 2",
-                  "--exp-name ft", "--reward-clipping none", "--no-carry-state", "--hidden-size 64", "--num-head 4",
-                  "--num-layers 1", "--bptt-length 1", "--seed 3 --total-steps 20"):  # the last: of a finished run
+    for words in ("--env maze", "--env maze leaper", "--multi-env 3", "--distribution-mode hard", "--num-levels 100",
+                  "--start-level 1", "--seed 2", "--exp-name ft", "--reward-clipping none", "--no-carry-state",
+                  "--hidden-size 64", "--num-head 4", "--num-layers 1", "--bptt-length 1",
+                  "--seed 3 --total-steps 20"):  # the last: of a finished run
+        flag, _, value = words.removesuffix(" --total-steps 20").partition(" ")
         refused(partial(command, script, "--resume", trained, "--total-steps", 40, *words.split()),
-                words.split()[0].replace("--no-", "--"), "--init-from")
+                f"{flag.replace('--no-', '--')} cannot become {value or False} in", "--init-from")
     assert contents(tmp_path) == before
 
 

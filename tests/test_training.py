@@ -50,7 +50,7 @@ def parts(args, games=("maze", "leaper"), script=script):
 
 
 def pool_of(learner, args, episodes, script=script):
-    engine = script.Engine(script.make_envs, args, list(episodes.recent), seed=1, frame_shape=script.FRAME_SHAPE)
+    engine = script.Engine(script.make_envs, args, episodes.games, seed=1, frame_shape=script.FRAME_SHAPE)
     return script.ActorPool(args, episodes, learner.weights, engine, seed=1, stop=script.Stop(), num_unrolls=2)
 
 
@@ -116,10 +116,11 @@ def test_an_unroll_that_is_begun_ahead_is_the_same(length, cuda):
     assert recorded[0] == recorded[1] and all(recorded[0][0].values())
 
 
-def test_unrolls_and_recorded_episodes_are_those_of_the_engine():
+@pytest.mark.parametrize("games", first_fast(["starpilot", "fruitbot"], ["fruitbot", "starpilot", "fruitbot", "fruitbot"]))
+def test_unrolls_and_recorded_episodes_are_those_of_the_engine(games):
     """The same seed and actions on an engine of our own give the same frames, rewards and episode starts, in the same places;
-    and the same returns, lengths and games."""
-    args, games = script.Args(**ARGS | dict(num_envs=4, unroll_length=250)), ["starpilot", "fruitbot"]  # short episodes
+    and the same returns, lengths and games, of which one may have several environments."""
+    args = script.Args(**ARGS | dict(num_envs=4, unroll_length=250))  # episodes of these games are short
     actor, _, unroll, episodes = parts(args, games)
     play(actor, unroll)
     envs = script.make_envs(args, games, 4, seed=1)
@@ -130,7 +131,7 @@ def test_unrolls_and_recorded_episodes_are_those_of_the_engine():
         assert (unroll.done[t].numpy() == done).all()
         returns, lengths = returns + reward, lengths + (t > 0)
         for n in np.flatnonzero(done) if t > 0 else ():
-            expected[games[n % 2]].append((returns[n], lengths[n]))
+            expected[games[n % len(games)]].append((returns[n], lengths[n]))
             returns[n] = lengths[n] = 0
         if t < 250:
             envs.act(unroll.action[t].int().numpy())
@@ -425,6 +426,13 @@ def test_normalized_rewards_are_divided_by_the_spread_of_the_game_s_last_hundred
     maze, leaper = unroll.reward_scale[0, :2].tolist()
     assert maze == pytest.approx(1 / 5, rel=0.1) and leaper == pytest.approx(1 / np.arange(9, 10, 0.01).std(), rel=0.1)
     assert unroll.reward_scale.tolist() == [[maze, leaper] * 3]  # environments play the games by turns
+
+
+def test_environments_of_one_game_have_one_scale():
+    episodes = script.Episodes(["leaper", "maze", "leaper"])
+    for value in range(10):
+        episodes.add("maze", 4 * (value % 2), 1)
+    assert episodes.reward_scale(6).tolist() == [[1, 0.5, 1] * 2]
 
 
 def test_the_spread_of_few_or_equal_returns_is_one():
