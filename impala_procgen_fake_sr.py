@@ -45,7 +45,7 @@ import housekeeping
 import srwm_cuda
 from housekeeping import arguments, checkpoints, processes, say
 from housekeeping.arguments import Amount, Count, Fraction, Positive, PositiveAmount, Steps
-from housekeeping.engine import GAMES, RETURN_RANGE, Engine, Mode, ProcgenGym3Env, check_games
+from housekeeping.engine import GAMES, RETURN_RANGE, Engine, Game, Mode, ProcgenGym3Env, check_games
 from housekeeping.episodes import Episodes, each_has_ended, have_ended
 from housekeeping.launch import LOCAL_RANK, NUM_LOCAL, NUM_PROCESSES, RANK, Launch, num_cores
 from housekeeping.log import Log
@@ -57,7 +57,7 @@ FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # the last: what Enco
 @dataclass
 class EnvironmentArgs:
     multi_env: Positive | None = None  # train on the first N games (None: 6, or those of --env)
-    env: tuple[str, ...] | None = None  # or on these; one named twice has twice the environments
+    env: Game = None  # or on these; one that is named twice has twice the environments
     distribution_mode: Mode = "easy"  # each has its own list of games
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels

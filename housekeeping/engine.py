@@ -5,10 +5,11 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 
 from . import processes
 
@@ -55,6 +56,9 @@ RETURN_RANGE = {
 GAMES = {"easy": list(RETURN_RANGE), "hard": list(RETURN_RANGE),
          "extreme": ["leaper", "starpilot", "chaser", "dodgeball"],
          "memory": ["dodgeball", "heist", "maze", "miner", "caveflyer", "jumper"]}
+# One or more of them, or None. --help lists them.
+Game = Annotated[tuple[str, ...] | None,
+                 tyro.conf.arg(metavar="GAME ...", help_behavior_hint=f"({', '.join(GAMES['easy'])})")]
 
 
 def check_games(games, args, valid="", trained=None):

@@ -175,6 +175,7 @@ def test_help_is_the_manual_and_starts_without_the_notice_of_gym():
                          env=os.environ | dict(COLUMNS="80"))
     assert end.returncode == 0 and end.stderr == "" and script.__doc__.splitlines()[0] in end.stdout
     assert "--unroll-length" in end.stdout and "steps T of an unroll" in end.stdout
+    assert all(re.search(rf"\b{game}[,)]", end.stdout) for game in script.RETURN_RANGE)  # what --env may name
     for field in fields(script.Args):
         assert re.search(rf"--{field.name.replace('_', '-')}\b[^(]*\n?[^-]*\w", end.stdout), field.name
 
