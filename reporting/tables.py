@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from housekeeping.engine import GAMES
 from housekeeping.launch import num_cores
 from reporting.playing import show_progress
 
@@ -83,14 +85,19 @@ def earlier_parts(run):
     return f"({', '.join(words)})" if words else ""
 
 
+def name_games(games, mode):
+    """A name for the games that a run learned from, in any order: their number, if they are the first of the mode's; else
+    each with its share of the environments, the same for maze, maze, leaper, leaper as for maze, leaper."""
+    shares = Counter(games)
+    common = math.gcd(*shares.values())
+    words = [f"{share} x {game}" if (share := number // common) > 1 else game for game, number in sorted(shares.items())]
+    return f"{len(words)} games" if words == sorted(GAMES.get(mode, [])[: len(words)]) and words[1:] else ", ".join(words)
+
+
 def learned(games, run):
     """What a run has learned from, and how: {name: words for it}."""
-    parts = earlier_parts(run)
-    shares = Counter(games)
-    name = f"{len(shares)} games" if len(shares) > 1 else games[0]
-    if len(set(shares.values())) > 1:
-        name += f" ({', '.join(f'{number} x {game}' for game, number in shares.items())})"
-    return dict(games=name) | learned_from(run) | (dict(parts=parts) if parts else {})
+    parts, mode = earlier_parts(run), run["flags"].get("distribution_mode", "easy").split()[-1]
+    return dict(games=name_games(games, mode)) | learned_from(run) | (dict(parts=parts) if parts else {})
 
 
 def features(record):

@@ -598,8 +598,15 @@ def test_the_tables_of_known_returns():
 
 @pytest.mark.parametrize("changes, names", [
     ([{}, {"seed": 2}], ["srwm", "srwm"]),
-    ([{}, {"trained_games": ["maze"]}], ["srwm 2 games", "srwm maze"]),
-    ([{}, {"trained_games": ["maze", "bigfish", "maze"]}], ["srwm 2 games", "srwm 2 games (2 x maze, 1 x bigfish)"]),
+    *[([{}, {"trained_games": games.split()}], names) for games, names in (
+        ("maze", ["srwm bigfish, maze", "srwm maze"]), ("bigfish maze", ["srwm", "srwm"]),
+        ("maze bigfish maze", ["srwm bigfish, maze", "srwm bigfish, 2 x maze"]),
+        ("maze maze bigfish bigfish", ["srwm", "srwm"]), ("maze leaper", ["srwm bigfish, maze", "srwm leaper, maze"]),
+        ("fruitbot bigfish", ["srwm bigfish, maze", "srwm 2 games"]),
+        ("heist dodgeball", ["srwm bigfish, maze", "srwm dodgeball, heist"]))],
+    ([{"trained_games": games, "flags": {"distribution_mode": "--distribution-mode memory"}}
+      for games in (["heist", "dodgeball"], ["maze", "heist"])],
+     ["srwm 2 games", "srwm heist, maze"]),
     ([{}, {"flags": {"total_steps": "--total-steps 50000000", "seed": "--seed 2"}}],
      ["srwm", "srwm --total-steps 50M"]),
     ([{"flags": {"batch_size": "--batch-size 64"}}] * 2, ["srwm", "srwm"]),
