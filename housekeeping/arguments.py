@@ -44,7 +44,7 @@ def flag(name):
 
 
 def as_typed(value):
-    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+    return " ".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
 
 
 def check_values(args):

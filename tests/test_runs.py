@@ -60,6 +60,11 @@ def test_another_experiment_is_not_what_a_run_goes_on_with(trained, command, ref
     assert contents(tmp_path) == before
 
 
+def test_no_game_is_not_what_a_run_goes_on_with(trained, command, refused, capsys):
+    capsys.readouterr()
+    refused(partial(command, script, "--resume", trained, "--total-steps", 40, "--env"), "--env cannot become none in")
+
+
 def test_a_link_that_leads_nowhere_is_no_place_for_runs(command, refused, tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "nowhere")
     refused(lambda: command(script, *TINY), "runs must be a folder, or a link to one")
