@@ -135,7 +135,9 @@ def load_run(path, args):
     checkpoint = checkpoints.load_checkpoint(path, None)
     history = resolve_history(script, checkpoint, args)
     trained, trained_games = history[0]
-    mode, games = args.distribution_mode or trained.distribution_mode, list(args.env or dict.fromkeys(trained_games))
+    mode = args.distribution_mode or trained.distribution_mode
+    known = engine.GAMES[trained.distribution_mode]  # whose order runs share, whatever that of their --env
+    games = list(args.env or sorted(set(trained_games), key=known.index))
     if len(set(games)) < len(games):
         raise ValueError(f"--env must name each game once, got {' '.join(games)}")
     splits = choose_splits(args, mode, games, script, history, path.stem == "best")

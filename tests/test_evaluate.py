@@ -333,6 +333,14 @@ def test_a_game_with_several_environments_in_training_is_scored_once(train, scor
     assert record["trained_games"] == ["fruitbot", "leaper", "fruitbot"]
 
 
+def test_runs_are_played_at_their_games_in_one_order_whatever_that_of_their_env(trained):
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    checkpoint["args"] |= dict(multi_env=None, env=["leaper", "fruitbot", "leaper"], num_envs=6)
+    torch.save(checkpoint, trained / "checkpoint.pt")
+    run = runs.load_run(trained, runs.Choice(cuda=False, bf16=False))
+    assert run.games == ["fruitbot", "leaper"] and run.about["trained_games"] == ["leaper", "fruitbot", "leaper"]
+
+
 def test_a_cpu_computes_batches_of_the_slots_in_use_alone(few_slots, monkeypatch):
     policy = playing.Policy(script, Witness(), script.Args(cuda=False), greedy=True, seed=1)
     sizes, forward = [], Witness.forward
