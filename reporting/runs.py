@@ -190,7 +190,7 @@ def flags_of(saved, script, defaults=None):
     for argument in fields(script.Args):
         default = defaults[argument.name]
         value = saved.get(argument.name, default)
-        if argument.name not in ("cuda", "resume") and value != default:
+        if argument.name not in ("cuda", "resume") and arguments.as_typed(value) != arguments.as_typed(default):
             flag = argument.name.replace("_", "-")
             switch = f"--{'no-' * (not value)}{flag}"
             words = map(str, value if isinstance(value, list) else [value])

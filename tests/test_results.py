@@ -87,6 +87,16 @@ def test_what_is_kept_of_a_resumed_run_has_the_command_of_each_part(train, comma
                                            "--total-steps 40 --learning-rate 0.0006")
 
 
+def test_a_single_game_as_older_checkpoints_hold_it_is_no_other_one_after_a_resume(trained):
+    checkpoint = torch.load(trained / "checkpoint.pt")
+    (part,) = checkpoint["history"]
+    checkpoint["history"] = [dict(step=step, args=part["args"] | dict(multi_env=None, env=env))
+                             for step, env in ((0, "maze"), (20, ["maze"]))]
+    first, second = runs.commands(checkpoint, impala_procgen_srwm, "NAME")
+    assert first["command"].endswith(" --batch-size 4") and " --env maze " in first["command"]
+    assert second["command"] == "python impala_procgen_srwm.py --resume runs/NAME"
+
+
 def test_a_curve_keeps_the_steps_at_which_a_game_had_no_episode_empty(tmp_path):
     curves = {"return/maze": np.array([[5, 10], [1.0, 2.0]]), "return/leaper": np.array([[10], [0.5]]),
               "SPS": np.ones((2, 2))}
