@@ -96,7 +96,8 @@ class Section:
     def difference(self, agent, minus, column):
         measure = f"{self.measure} difference"
         if turned := self.found.get(("all", measure, minus, agent, column)):
-            return turned | dict(value=-turned["value"], low=-turned["high"], high=-turned["low"])
+            ends = dict(value="value", low="high", high="low")  # None if there is no interval
+            return turned | {name: turned[end] and -turned[end] for name, end in ends.items()}
         return self.found.get(("all", measure, agent, minus, column))
 
     def numbers(self):

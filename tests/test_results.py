@@ -191,6 +191,15 @@ def test_agents_of_as_many_steps_share_a_picture_and_are_compared_with_the_srwm(
     assert len([line for line in found.numbers().splitlines() if "difference" in line]) == 6
 
 
+def test_a_difference_of_single_levels_has_no_interval_whichever_agent_comes_first():
+    runs = [scores("lstm", 1, 9.0), scores("srwm", 1, 8.0)]
+    for record in (record for run in runs for record in run.records):
+        record["games"]["maze"]["returns"] = record["games"]["maze"]["returns"][:1]
+    for order in (runs, runs[::-1]):
+        (table,) = tables_on(section(*order).differences(["lstm", "srwm"]))
+        assert table[1] == ["lstm", "0.200", "0.200", "0.000"]
+
+
 @pytest.mark.parametrize("returns, last", [((5, 10), "normalized"), (None, "gap")])
 def test_a_table_of_games_without_a_range_has_no_column_for_normalized_returns(returns, last):
     games, *_ = tables.cells(tables.tabulate([scores("a", 1, 9.0, returns=returns)]))
