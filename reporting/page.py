@@ -153,7 +153,8 @@ def markdown(head, lines):
 def write(sections, recipes, versions):
     """The text of the page."""
     parts = ["# Results", "Made by `python -m reporting.results report` from the files beside it. An agent's name is "
-             "that of its script, and says what differs from the script's defaults, which are the paper's settings."]
+             "that of its script, and says what differs from the script's defaults, which are the paper's settings, and "
+             "which games it learned from, if not from those of the table, each in as many environments."]
     parts += [f"The {name}: `{flags}`." for name, flags in recipes.items()]
     parts += [tables.NOTE]
     for section in sections:

@@ -125,15 +125,17 @@ def number_of(record):
 
 def name_models(records, everything=False):
     """A name for the model of each run, given one of its records: the script, and what not all runs of the script
-    share. Runs that differ in nothing but their seed have one name. everything: flags are said, too, that all share."""
+    share. Runs that differ in nothing but their seed have one name. everything: flags are said, too, that all share, and
+    games to learn from, if others were played or their shares of the environments differ."""
     scripts, names = {record["script"]: Path(record["script"]).stem for record in records}, []
     short = {script: stem.removeprefix("impala_procgen_") for script, stem in scripts.items()}
     if len(set(short.values())) == len(short):
         scripts = short
     for record in records:
         others = [features(other) for other in records if other["script"] == record["script"]]
+        played = learned([*record["games"]], record)["games"] if everything else None
         differs = [words for name, words in features(record).items()  # code of weights to begin with, if two had some
-                   if everything and name not in ("games", *VERSIONS, "init_from_code")
+                   if everything and words != played and name not in (*VERSIONS, "init_from_code")
                    or any(other.get(name, words if name == "init_from_code" else None) != words for other in others)]
         names.append(" ".join([scripts[record["script"]], *differs]))
     return names

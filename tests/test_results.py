@@ -148,7 +148,7 @@ def about(script="srwm", **flags):
     """What a record says of a run with these flags, as far as it matters to its name."""
     flags = {name: f"--{name.replace('_', '-')} {value}" for name, value in flags.items()}
     return dict(script=f"impala_procgen_{script}.py", code="a", flags=flags, init_from=[], trained_games=["maze"],
-                file="checkpoint", validation=None)
+                games=["maze"], file="checkpoint", validation=None)
 
 
 @pytest.mark.parametrize("records, names", [
@@ -161,6 +161,10 @@ def about(script="srwm", **flags):
     ([about(batch_size=64, discounting=0.9) | dict(parts=[dict(until=5, flags={}, code="a")])],
      ["srwm --batch-size 64 --discounting 0.9 (until step 5 without --batch-size without --discounting)"]),
     ([about(), about() | dict(code="b")], ["srwm code a", "srwm code b"]),
+    ([about(momentum=1) | dict(trained_games=["maze", "leaper", "maze"], games=["leaper", "maze"])] * 2,
+     ["srwm leaper, 2 x maze --momentum 1"] * 2),
+    ([about(distribution_mode="memory") | dict(trained_games=["heist", "dodgeball"], games=["dodgeball", "heist"])],
+     ["srwm"]),
 ])
 def test_agents_are_named_by_what_differs_from_the_paper_s_settings(records, names):
     assert tables.name_agents(records, {"mine": "--batch-size 64 --discounting 0.9"}) == names
@@ -240,7 +244,7 @@ def test_seeds_of_one_version_of_the_script_are_one_model_and_other_levels_anoth
     found = results.tables_of(sorted(Path("results").iterdir()))
     assert {setting[2:]: [run.model for run in runs] for setting, runs in found.items()} == {
         (("bigfish", "fruitbot"), False, ((0, 1), (1000, 1))): [AGENT, AGENT],
-        (("fruitbot",), False, ((1200, 1),)): [AGENT, AGENT]}
+        (("fruitbot",), False, ((1200, 1),)): [AGENT.replace("srwm", "srwm 2 games")] * 2}
 
 
 @pytest.mark.slow
