@@ -11,7 +11,7 @@ TINY = "--no-cuda --num-actors 1 --num-envs 12 --unroll-length 2 --batch-size 2 
 
 # Words for each argument; most are allowed by themselves, if not with each other.
 WORDS = {
-    "env": ["maze", "leaper", "heist", "chaser", "pong", "maze,leaper", ""],
+    "env": ["maze", "leaper maze leaper", "heist", "chaser", "pong", "maze pong", "maze,leaper", "maze " * 5, ""],
     "multi-env": ["1", "2", "4", "3", "17", "0", "-1", "two"],
     "distribution-mode": ["easy", "hard", "extreme", "memory", "exploration", "medium", ""],
     "num-levels": ["0", "1", "200", "2147483647", "-1", "1e3"],
@@ -56,7 +56,8 @@ def draw(rng):
     line = []
     for name in rng.sample(list(WORDS), rng.randint(1, 5)):
         words = WORDS[name]
-        line += [f"--{name}", rng.choice(words[: max(1, len(words) // 2)] if rng.random() < 0.66 else words)]
+        word = rng.choice(words[: max(1, len(words) // 2)] if rng.random() < 0.66 else words)
+        line += [f"--{name}", *(word.split() if name == "env" else [word])]
     return line + ([rng.choice(SWITCHES)] if rng.random() < 0.3 else [])
 
 
