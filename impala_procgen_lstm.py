@@ -621,8 +621,8 @@ def resolve_args(given):
         least = max(usual, math.ceil(args.batch_size / args.num_actors))
         args.num_envs = math.ceil(least / len(games)) * len(games)
     if args.num_envs % len(games):
-        raise ValueError(f"--num-envs must be a multiple of {len(games)}, the number of games, got "
-                         f"{args.num_envs}")
+        raise ValueError(f"--num-envs must be a multiple of {len(games)}, the length of the "
+                         f"list of games, got {args.num_envs}")
     if args.batch_size > (most := args.num_actors * args.num_envs):
         raise ValueError(f"--batch-size must be at most {most}, the number of all environments "
                          f"(--num-actors times --num-envs), got {args.batch_size}")

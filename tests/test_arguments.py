@@ -36,7 +36,7 @@ def test_a_checkpoint_may_have_a_single_game_as_it_once_was():
     ("--env maze --multi-env 2", "--env and --multi-env exclude each other"),
     ("--env maze pong", "--env must be one of bigfish,"),
     ("--env", "--env must name a game, got none"),
-    ("--env maze leaper maze --num-envs 32", "--num-envs must be a multiple of 3"),
+    ("--env maze leaper maze --num-envs 32", "--num-envs must be a multiple of 3, the length of the list of games, got 32"),
     ("--multi-env 17", "--multi-env must be at most 16"),
     ("--multi-env 7 --distribution-mode memory", "--multi-env must be at most 6"),
     ("--multi-env 0", "--multi-env must be positive"),
