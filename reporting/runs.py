@@ -136,8 +136,8 @@ def load_run(path, args):
     history = resolve_history(script, checkpoint, args)
     trained, trained_games = history[0]
     mode = args.distribution_mode or trained.distribution_mode
-    known = engine.GAMES[trained.distribution_mode]  # whose order runs share, whatever that of their --env
-    games = list(args.env or sorted(set(trained_games), key=known.index))
+    known = engine.GAMES.get(mode, [])  # whose order all runs have, whatever that of their --env
+    games = list(args.env or sorted(dict.fromkeys(trained_games), key=lambda game: [*known, game].index(game)))
     if len(set(games)) < len(games):
         raise ValueError(f"--env must name each game once, got {' '.join(games)}")
     splits = choose_splits(args, mode, games, script, history, path.stem == "best")

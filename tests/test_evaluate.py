@@ -333,12 +333,14 @@ def test_a_game_with_several_environments_in_training_is_scored_once(train, scor
     assert record["trained_games"] == ["fruitbot", "leaper", "fruitbot"]
 
 
-def test_runs_are_played_at_their_games_in_one_order_whatever_that_of_their_env(trained):
+@pytest.mark.parametrize("mode, games", [("easy", ["maze", "dodgeball"]), ("memory", ["dodgeball", "maze"])])
+def test_runs_are_played_at_their_games_in_the_order_of_the_mode_whatever_that_of_their_env(mode, games, trained):
     checkpoint = torch.load(trained / "checkpoint.pt")
-    checkpoint["args"] |= dict(multi_env=None, env=["leaper", "fruitbot", "leaper"], num_envs=6)
-    torch.save(checkpoint, trained / "checkpoint.pt")
-    run = runs.load_run(trained, runs.Choice(cuda=False, bf16=False))
-    assert run.games == ["fruitbot", "leaper"] and run.about["trained_games"] == ["leaper", "fruitbot", "leaper"]
+    for env in (["maze", "dodgeball", "maze"], ["dodgeball", "maze"]):
+        checkpoint["args"] |= dict(multi_env=None, env=env, num_envs=6)
+        torch.save(checkpoint, trained / "checkpoint.pt")
+        run = runs.load_run(trained, runs.Choice(distribution_mode=mode, cuda=False, bf16=False))
+        assert run.games == games and run.about["trained_games"] == env
 
 
 def test_a_cpu_computes_batches_of_the_slots_in_use_alone(few_slots, monkeypatch):
