@@ -44,6 +44,7 @@ def flag(name):
 
 
 def as_typed(value):
+    """An argument's value as messages show it: a list as its words, with spaces between them."""
     return " ".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
 
 
