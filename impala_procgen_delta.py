@@ -79,8 +79,8 @@ class LearningArgs:
     discounting: Fraction = 0.99  # discount factor
     baseline_cost: Amount = 0.5  # weight of the value loss
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
-    # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
-    # of a game's returns, or as they are
+    anneal_entropy: bool = False  # let it fall to 0, like the learning rate
+    # rewards to learn from: clamped to [-1, 1], divided by the spread of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
     carry_state: bool = True  # from unroll to unroll; without, the state-reset ablation
 
@@ -422,7 +422,7 @@ class Learner:
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args, self.weights = agent, args, srwm_cuda.Weights(agent)
         self.parameters = [x for x in agent.parameters() if x.requires_grad]
-        self.learning_rate, self.told = self.parameters[0].new_tensor([args.learning_rate, 0])
+        self.left, self.learning_rate, self.told = self.parameters[0].new_ones(3)
         self.optimizer = torch.optim.RMSprop(
             self.parameters, self.learning_rate, args.alpha, args.epsilon, momentum=args.momentum,
             foreach=args.cuda, capturable=args.cuda)
@@ -476,13 +476,14 @@ class Learner:
         # action ended its episode is done[t + 1], and what it earned is reward[t + 1].
         rewards, discounts = batch.reward[1:], args.discounting * (~batch.done[1:]).float()
         rewards = (rewards.clamp(-1, 1) if args.reward_clipping == "abs_one"
-                   else rewards * batch.reward_scale)  # which is 1 but for "normalize"
+                   else rewards * batch.reward_scale)  # 1 but for "normalize"
         vs, pg_advantages = vtrace(log_rhos, discounts, rewards, values.detach(), bootstrap_value)
 
         policy_loss = -(log_pi_action * pg_advantages).sum()
         baseline_loss = 0.5 * (vs - values).square().sum()
         entropy = -(log_pi.exp() * log_pi).sum()
-        loss = policy_loss + args.baseline_cost * baseline_loss - args.entropy_cost * entropy
+        entropy_cost = args.entropy_cost * (self.left if args.anneal_entropy else 1)
+        loss = policy_loss + args.baseline_cost * baseline_loss - entropy_cost * entropy
         sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/entropy": entropy,
                 "loss/total": loss, "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum(),
                 "policy_lag": (self.weights.version - batch.version).sum()}  # in updates
@@ -518,9 +519,10 @@ class Learner:
         self.averages.copy_(torch.where(finite, self.averages, averages))
         self.weights.publish(finite)  # or else the old ones again
 
-    def update(self, learning_rate, told=False):
-        """Queues an update on all processes' batches, and tells all if one is `told` to stop."""
-        self.learning_rate.fill_(learning_rate)
+    def update(self, left, told=False):
+        """Queues an update. left: share of training; told: to stop, which all hear."""
+        self.left.fill_(left)
+        self.learning_rate.fill_(self.args.learning_rate * left)
         self.told.fill_(told)
         begun = srwm_cuda.record_event()
         (self.backward_graph or self.backward)()
@@ -544,11 +546,9 @@ def train(run, stop):
         run.open(stop)  # its log, its validation, and the connection of several processes
         stop.training = True  # from now on, signals save
         pool.start()  # after the last capture, beside which no thread may use CUDA
-        step = run.step  # of updates that are queued; run.step: of those whose report has been read
-        while step < run.end:
-            if not learner.fill(pool):
-                break
-            learner.update(args.learning_rate * (1 - step / args.total_steps), stop.is_set())
+        step = run.step  # of queued updates; run.step: of those whose report has been read
+        while step < run.end and learner.fill(pool):
+            learner.update(1 - step / args.total_steps, stop.is_set())
             step += run.step_size
             run.count(left=int(args.cuda))  # on a GPU, the newest is not done
             run.validate()

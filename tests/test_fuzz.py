@@ -48,7 +48,7 @@ WORDS = {
     "init-from": ["runs/none", "."],
     "surprise": ["1"],
 }
-SWITCHES = "--no-carry-state --carry-state --deterministic --cuda --nonsense".split()
+SWITCHES = "--no-carry-state --carry-state --anneal-entropy --deterministic --cuda --nonsense".split()
 
 
 def draw(rng):

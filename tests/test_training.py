@@ -63,7 +63,7 @@ def play(actor, unroll, unrolls=1):
 
 def update(learner, learning_rate):
     """An update, its statistics, and whether they and the gradient are finite."""
-    learner.update(learning_rate)
+    learner.update(learning_rate / learner.args.learning_rate)
     ((statistics, finite),) = learner.reports.read(0)
     return statistics, finite
 
@@ -342,11 +342,14 @@ def test_episodes_are_counted_over_the_ends_of_unrolls():
     assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1), (7.0, 3), (3.0, 1)], "leaper": [(100.0, 4), (100.0, 4)]}
 
 
-@pytest.mark.parametrize("reward_clipping", ["abs_one", "none", "normalize"])
-def test_the_loss_is_that_of_the_paper(reward_clipping):
+@pytest.mark.parametrize("reward_clipping, anneal_entropy", [
+    ("abs_one", False), ("none", False), ("normalize", False), ("abs_one", True)])
+def test_the_loss_is_that_of_the_paper(reward_clipping, anneal_entropy):
     """Sums over time and batch of policy gradient, half squared error and entropy, from the batch's shifted rewards."""
-    args = script.Args(reward_clipping=reward_clipping, **ARGS | dict(num_envs=4))
+    args = script.Args(reward_clipping=reward_clipping, anneal_entropy=anneal_entropy, **ARGS | dict(num_envs=4))
     actor, learner, unroll, _ = parts(args)
+    learner.left.fill_(0.25)
+    entropy_cost = 0.01 * 0.25 if anneal_entropy else 0.01
     play(actor, unroll)
     unroll.reward.copy_(torch.randn(21, 4) * 3)
     if reward_clipping == "normalize":
@@ -366,7 +369,7 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     discounts = 0.99 * (1 - unroll.done[1:].float())
     vs, advantages = script.vtrace(log_rhos, discounts, rewards, values[:-1], values[-1])
     policy, baseline = -(pi.log_prob(unroll.action) * advantages).sum(), 0.5 * (vs - values[:-1]).square().sum()
-    expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
+    expected = policy + 0.5 * baseline - entropy_cost * pi.entropy().sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
     rho, lag = log_rhos.exp().clamp(max=1).sum(), (50 - unroll.version).sum()
     parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, rho, lag]) / 80
@@ -530,6 +533,14 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     rates = [rate for _, rate in scalars["learning_rate"]]
     np.testing.assert_allclose(rates, 6e-4 * (1 - np.arange(0, 400, 20) / 400), rtol=1e-5)
     assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
+
+
+@pytest.mark.parametrize("words", [[], ["--anneal-entropy"]])
+def test_the_entropy_cost_falls_to_0_if_asked_to(words, train):
+    scalars = {name: np.array(entries)[:, 1] for name, entries in log(train("--total-steps", 200, *words)).items()}
+    policy, baseline, total, entropy = (scalars[f"loss/{name}"] for name in ("policy", "baseline", "total", "entropy"))
+    left = 1 - np.arange(0, 200, 20) / 200
+    np.testing.assert_allclose((policy + 0.5 * baseline - total) / entropy, 0.01 * (left if words else 1), rtol=0.01, atol=1e-5)
 
 
 @pytest.mark.slow
