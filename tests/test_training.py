@@ -535,12 +535,18 @@ def test_a_run_leaves_a_checkpoint_and_a_log(train, capsys):
     assert all(0 < rho <= 1 for _, rho in scalars["vtrace/mean_rho"]) and all(lag >= 0 for _, lag in scalars["policy_lag"])
 
 
-@pytest.mark.parametrize("words", [[], ["--anneal-entropy"]])
-def test_the_entropy_cost_falls_to_0_if_asked_to(words, train):
-    scalars = {name: np.array(entries)[:, 1] for name, entries in log(train("--total-steps", 200, *words)).items()}
+def shares_and_entropy_costs(run):
+    """Of the log's entries: the learning rate's share of its first value, and the entropy cost in the total loss."""
+    scalars = {name: np.array(entries)[:, 1] for name, entries in log(run).items()}
     policy, baseline, total, entropy = (scalars[f"loss/{name}"] for name in ("policy", "baseline", "total", "entropy"))
-    left = 1 - np.arange(0, 200, 20) / 200
-    np.testing.assert_allclose((policy + 0.5 * baseline - total) / entropy, 0.01 * (left if words else 1), rtol=0.01, atol=1e-5)
+    return scalars["learning_rate"] / 6e-4, (policy + 0.5 * baseline - total) / entropy
+
+
+@pytest.mark.parametrize("words", [[], ["--anneal-entropy"]])
+def test_the_entropy_cost_falls_with_the_learning_rate_if_asked_to(words, train):
+    shares, costs = shares_and_entropy_costs(train("--total-steps", 200, *words))
+    np.testing.assert_allclose(shares, 1 - np.arange(0, 200, 20) / 200, rtol=1e-4)
+    np.testing.assert_allclose(costs, 0.01 * (shares if words else 1), rtol=0.01, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -981,6 +987,15 @@ def test_a_gpu_without_stream_memory_operations_trains_too(command, monkeypatch,
     command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 4000".split())
     (run,) = (tmp_path / "runs").iterdir()
     assert read(run)["step"] == 4000
+
+
+@pytest.mark.gpu
+def test_the_entropy_cost_falls_through_cuda_graphs(command, tmp_path):
+    command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 8000".split(),
+            "--anneal-entropy", "--log-interval", 0)
+    shares, costs = shares_and_entropy_costs(next((tmp_path / "runs").iterdir()))
+    assert shares[0] > 0.9 and shares[-1] < 0.2
+    np.testing.assert_allclose(costs, 0.01 * shares, rtol=0.02, atol=2e-5)
 
 
 @pytest.mark.gpu
