@@ -79,7 +79,7 @@ class LearningArgs:
     discounting: Fraction = 0.99  # discount factor
     baseline_cost: Amount = 0.5  # weight of the value loss
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
-    anneal_entropy: bool = False  # entropy_cost falls as the learning rate
+    anneal_entropy: bool = False  # entropy_cost falls with the learning rate
     # rewards to learn from: clamped to [-1, 1], divided by the spread of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
     carry_state: bool = True  # from unroll to unroll; without, the state-reset ablation
@@ -521,7 +521,7 @@ class Learner:
         self.weights.publish(finite)  # or else the old ones again
 
     def update(self, left, told=False):
-        """Queues an update. left: of training, a share; told: to stop, and all do."""
+        """Queues an update. left: a share of training; told: to stop, and all do."""
         self.left.fill_(left)
         self.learning_rate.fill_(self.args.learning_rate * left)
         self.told.fill_(told)
