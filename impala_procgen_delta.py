@@ -496,6 +496,7 @@ class Learner:
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
+        self.learning_rate.copy_(self.args.learning_rate * self.left)
         statistics |= dict(learning_rate=self.learning_rate, told=self.told)
         unused = [name for name, x in self.agent.named_parameters() if x.grad is None]
         if unused and not self.names:  # the first time
@@ -520,9 +521,8 @@ class Learner:
         self.weights.publish(finite)  # or else the old ones again
 
     def update(self, left, told=False):
-        """Queues an update. left: a share of training; told: to stop, and all do."""
+        """Queues an update. left: a share of training; told: to stop; all do."""
         self.left.fill_(left)
-        self.learning_rate.fill_(self.args.learning_rate * left)
         self.told.fill_(told)
         begun = srwm_cuda.record_event()
         (self.backward_graph or self.backward)()
