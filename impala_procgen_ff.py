@@ -57,7 +57,7 @@ FRAME_SHAPE, NUM_ACTIONS, FEATURES = (64, 64, 3), 15, 256  # the last: what Enco
 @dataclass
 class EnvironmentArgs:
     multi_env: Positive | None = None  # train on the first N games (None: 6, or those of --env)
-    env: Game = None  # or on these; one that is named twice has twice the environments
+    env: Game = None  # or on these; one named twice has twice the environments
     distribution_mode: Mode = "easy"  # each has its own list of games
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels
@@ -80,7 +80,8 @@ class LearningArgs:
     baseline_cost: Amount = 0.5  # weight of the value loss
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
     anneal_entropy: bool = False  # entropy_cost falls with the learning rate
-    # rewards to learn from: clamped to [-1, 1], divided by the spread of a game's returns, or raw
+    # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
+    # of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
     carry_state: bool = True  # from unroll to unroll; without, the state-reset ablation
 
@@ -205,7 +206,7 @@ class Unroll:
         self.action = zeros(T, B, dtype=torch.int64)
         self.logits = zeros(T, B, NUM_ACTIONS)  # of the policy that acted
         self.version = zeros(T, B, dtype=torch.int32)  # of the weights that acted
-        self.reward_scale = zeros(1, B) + 1  # what to multiply rewards by, to learn from them
+        self.reward_scale = zeros(1, B) + 1  # what learning multiplies rewards by
         self.state = agent.initial_state(B)  # before the first step
         self.read = srwm_cuda.record_event()  # the learner has: it may be filled again
 
@@ -380,7 +381,7 @@ class Learner:
     def __init__(self, agent, args, optimizer_state=None):
         self.agent, self.args, self.weights = agent, args, srwm_cuda.Weights(agent)
         self.parameters = [x for x in agent.parameters() if x.requires_grad]
-        self.left, self.learning_rate, self.told = self.parameters[0].new_ones(3)
+        self.learning_rate, self.told = self.parameters[0].new_tensor([args.learning_rate, 0])
         self.optimizer = torch.optim.RMSprop(
             self.parameters, self.learning_rate, args.alpha, args.epsilon, momentum=args.momentum,
             foreach=args.cuda, capturable=args.cuda)
@@ -440,8 +441,8 @@ class Learner:
         policy_loss = -(log_pi_action * pg_advantages).sum()
         baseline_loss = 0.5 * (vs - values).square().sum()
         entropy = -(log_pi.exp() * log_pi).sum()
-        entropy_cost = args.entropy_cost * (self.left if args.anneal_entropy else 1)
-        loss = policy_loss + args.baseline_cost * baseline_loss - entropy_cost * entropy
+        left = self.learning_rate / (args.learning_rate or 1) if args.anneal_entropy else 1
+        loss = policy_loss + args.baseline_cost * baseline_loss - left * args.entropy_cost * entropy
         sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/entropy": entropy,
                 "loss/total": loss, "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum(),
                 "policy_lag": (self.weights.version - batch.version).sum()}  # in updates
@@ -454,7 +455,6 @@ class Learner:
         self.optimizer.zero_grad()
         loss, statistics = self.loss()
         loss.backward()
-        self.learning_rate.copy_(self.args.learning_rate * self.left)
         statistics |= dict(learning_rate=self.learning_rate, told=self.told)
         unused = [name for name, x in self.agent.named_parameters() if x.grad is None]
         if unused and not self.names:  # the first time
@@ -478,9 +478,9 @@ class Learner:
         self.averages.copy_(torch.where(finite, self.averages, averages))
         self.weights.publish(finite)  # or else the old ones again
 
-    def update(self, left, told=False):
-        """Queues an update. left: a share of training; told: to stop; all do."""
-        self.left.fill_(left)
+    def update(self, learning_rate, told=False):
+        """Queues an update on all processes' batches, and tells all if one is `told` to stop."""
+        self.learning_rate.fill_(learning_rate)
         self.told.fill_(told)
         begun = srwm_cuda.record_event()
         (self.backward_graph or self.backward)()
@@ -496,17 +496,17 @@ class Learner:
 def train(run, stop):
     """Trains until total_steps, or a signal to stop. Leaves a checkpoint in either case."""
     args = run.args
-    with run.parts:  # which are closed in the end, the last first
+    with run.parts:  # closed in the end, the last first
         learner = run.learner = Learner(run.agent, args, run.optimizer_state)
         pool = run.pool = ActorPool(args, run.episodes, learner.weights, run.engine, run.seed, stop,
                                     num_unrolls=args.num_actors + 2)  # spare: 2; more: more lag
         run.parts.callback(pool.close)
-        run.open(stop)  # its log, its validation, and the connection of several processes
+        run.open(stop)  # log, validation, and the connection of processes
         stop.training = True  # from now on, signals save
         pool.start()  # after the last capture, beside which no thread may use CUDA
         step = run.step  # of queued updates; run.step: of those whose report has been read
         while step < run.end and learner.fill(pool):
-            learner.update(1 - step / args.total_steps, stop.is_set())
+            learner.update(args.learning_rate * (1 - step / args.total_steps), stop.is_set())
             step += run.step_size
             run.count(left=int(args.cuda))  # on a GPU, the newest is not done
             run.validate()
@@ -546,8 +546,8 @@ class RunArgs:
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline: without a network)
     wandb_project_name: str = "srwm-procgen"  # project to log to
     wandb_entity: str | None = None  # user or team to log to
-    log_interval: Amount = 5.0  # seconds between two status lines and entries in TensorBoard
-    save_interval: Amount = 300.0  # seconds between two checkpoints
+    log_interval: Amount = 5.0  # seconds between status lines and entries in TensorBoard
+    save_interval: Amount = 300.0  # seconds between checkpoints
     save_extra_checkpoint: Steps | None = None  # keep the checkpoint at this step too
 
 
@@ -557,7 +557,7 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 
 
 def validation_args(args, games):
-    """The arguments of the actor that plays held-out levels."""
+    """Arguments of the actor that plays held-out levels."""
     mode = args.valid_distribution_mode or args.distribution_mode
     return replace(args, num_levels=args.valid_num_levels, start_level=args.valid_start_level,
                    distribution_mode=mode, num_actors=1, num_envs=8 * len(games), num_servers=1)
@@ -938,7 +938,7 @@ def main():
             raise
         sys.exit(f"{SCRIPT}: too little memory; lower --num-envs or --num-actors (unrolls, "
                  f"inference) or --batch-size (learner): {str(error).splitlines()[0]}")
-    finally:  # for other programs that call this, or a notebook
+    finally:  # for programs that call this, or a notebook
         checkpoints.unlock_all()
         answer_signals(before)
 

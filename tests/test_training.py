@@ -63,7 +63,7 @@ def play(actor, unroll, unrolls=1):
 
 def update(learner, learning_rate):
     """An update, its statistics, and whether they and the gradient are finite."""
-    learner.update(learning_rate / learner.args.learning_rate)
+    learner.update(learning_rate)
     ((statistics, finite),) = learner.reports.read(0)
     return statistics, finite
 
@@ -342,14 +342,11 @@ def test_episodes_are_counted_over_the_ends_of_unrolls():
     assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1), (7.0, 3), (3.0, 1)], "leaper": [(100.0, 4), (100.0, 4)]}
 
 
-@pytest.mark.parametrize("reward_clipping, anneal_entropy", [
-    ("abs_one", False), ("none", False), ("normalize", False), ("abs_one", True)])
-def test_the_loss_is_that_of_the_paper(reward_clipping, anneal_entropy):
+@pytest.mark.parametrize("reward_clipping", ["abs_one", "none", "normalize"])
+def test_the_loss_is_that_of_the_paper(reward_clipping):
     """Sums over time and batch of policy gradient, half squared error and entropy, from the batch's shifted rewards."""
-    args = script.Args(reward_clipping=reward_clipping, anneal_entropy=anneal_entropy, **ARGS | dict(num_envs=4))
+    args = script.Args(reward_clipping=reward_clipping, **ARGS | dict(num_envs=4))
     actor, learner, unroll, _ = parts(args)
-    learner.left.fill_(0.25)
-    entropy_cost = 0.01 * 0.25 if anneal_entropy else 0.01
     play(actor, unroll)
     unroll.reward.copy_(torch.randn(21, 4) * 3)
     if reward_clipping == "normalize":
@@ -369,7 +366,7 @@ def test_the_loss_is_that_of_the_paper(reward_clipping, anneal_entropy):
     discounts = 0.99 * (1 - unroll.done[1:].float())
     vs, advantages = script.vtrace(log_rhos, discounts, rewards, values[:-1], values[-1])
     policy, baseline = -(pi.log_prob(unroll.action) * advantages).sum(), 0.5 * (vs - values[:-1]).square().sum()
-    expected = policy + 0.5 * baseline - entropy_cost * pi.entropy().sum()
+    expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
     rho, lag = log_rhos.exp().clamp(max=1).sum(), (50 - unroll.version).sum()
     parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, rho, lag]) / 80
@@ -547,6 +544,11 @@ def test_the_entropy_cost_falls_with_the_learning_rate_if_asked_to(words, train)
     shares, costs = shares_and_entropy_costs(train("--total-steps", 200, *words))
     np.testing.assert_allclose(shares, 1 - np.arange(0, 200, 20) / 200, rtol=1e-4)
     np.testing.assert_allclose(costs, 0.01 * (shares if words else 1), rtol=0.01, atol=1e-5)
+
+
+def test_an_entropy_cost_that_falls_with_a_learning_rate_of_0_is_a_number(train):
+    scalars = log(train("--total-steps", 40, "--anneal-entropy", "--learning-rate", 0))
+    assert [number for _, number in scalars["skipped_updates"]] == [0, 0]
 
 
 @pytest.mark.slow
