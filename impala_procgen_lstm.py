@@ -44,8 +44,8 @@ sys.path.append(str(Path(__file__).parent))  # where these are, also with PYTHON
 import housekeeping
 import srwm_cuda
 from housekeeping import arguments, checkpoints, processes, say
-from housekeeping.arguments import Amount, Count, Fraction, Positive, PositiveAmount, Steps
-from housekeeping.engine import GAMES, RETURN_RANGE, Engine, Game, Mode, ProcgenGym3Env, check_games
+from housekeeping.arguments import Amount, Amounts, Count, Fraction, Positive, PositiveAmount, Steps
+from housekeeping.engine import RETURN_RANGE, Engine, Game, Mode, ProcgenGym3Env, check_games
 from housekeeping.episodes import Episodes, each_has_ended, have_ended
 from housekeeping.launch import LOCAL_RANK, NUM_LOCAL, NUM_PROCESSES, RANK, Launch, num_cores
 from housekeeping.log import Log
@@ -80,6 +80,7 @@ class LearningArgs:
     baseline_cost: Amount = 0.5  # weight of the value loss
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
     anneal_entropy: bool = False  # entropy_cost falls with the learning rate
+    entropy_limits: Amounts = ()  # of games, in nats: a step earns no bonus for more
     # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
     # of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
@@ -223,14 +224,14 @@ class Unroll:
         self.action = zeros(T, B, dtype=torch.int64)
         self.logits = zeros(T, B, NUM_ACTIONS)  # of the policy that acted
         self.version = zeros(T, B, dtype=torch.int32)  # of the weights that acted
-        self.reward_scale = zeros(1, B) + 1  # what learning multiplies rewards by
+        self.of_games = zeros(2, B) + 1  # each one's reward scale and entropy limit
         self.state = agent.initial_state(B)  # before the first step
         self.read = srwm_cuda.record_event()  # the learner has: it may be filled again
 
     def copy_from(self, unroll, begin, count, at=0):
         """Copies `count` environments of another unroll, from number `begin` on, to `at`."""
         def views(x, begin):
-            steps = (*x.inputs, x.action, x.logits, x.version, x.reward_scale)
+            steps = (*x.inputs, x.action, x.logits, x.version, x.of_games)
             steps = [each.narrow(1, begin, count) for each in steps]
             return steps + [each.narrow(0, begin, count) for each in x.state]
         torch._foreach_copy_(views(self, at), views(unroll, begin))
@@ -251,7 +252,7 @@ class Actor:
         self.noise = torch.zeros_like(self.unroll.logits)  # n = log Exp(1): argmax(log p - n) ~ p
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_diverged, self.waited = torch.zeros((), device=device), 0.0  # for free unrolls
-        self.scale = torch.ones(1, B, pin_memory=args.cuda)  # of rewards, for steps()
+        self.of_games = torch.ones(2, B, pin_memory=args.cuda)  # for steps()
         self.flags = srwm_cuda.Flags(block.flags, device, block.tensors)
         self.parts = [functools.partial(self.steps, t, min(t + 5, T)) for t in range(0, T, 5)]
         self.captured = args.cuda and args.cuda_graphs and self.flags.on_stream
@@ -275,7 +276,7 @@ class Actor:
         if begin == 0:
             self.num_diverged += srwm_cuda.reset_diverged(self.state, self.bound)
             self.noise.exponential_(generator=self.generator).log_()
-            self.unroll.reward_scale.copy_(self.scale, non_blocking=True)
+            self.unroll.of_games.copy_(self.of_games, non_blocking=True)
             for first, now in zip(self.unroll.state, self.state):
                 first.copy_(now if self.args.carry_state else now.zero_())
         state = self.state
@@ -306,8 +307,7 @@ class Actor:
 
     def play(self, unroll, free=None):
         """Fills the unroll with T steps. A GPU then begins the next, if `free` has more."""
-        if self.args.reward_clipping == "normalize":
-            self.scale.copy_(self.episodes.reward_scale(self.args.num_envs))
+        self.of_games.copy_(self.episodes.scales_and_limits(self.args))
         self.queue(self.parts[self.begun :])
         if self.block.closed:
             return  # nobody reads it
@@ -451,17 +451,18 @@ class Learner:
         # The engine answers action t with reward, done and frame of time step t + 1: whether that
         # action ended its episode is done[t + 1], and what it earned is reward[t + 1].
         rewards, discounts = batch.reward[1:], args.discounting * (~batch.done[1:]).float()
-        rewards = (rewards.clamp(-1, 1) if args.reward_clipping == "abs_one"
-                   else rewards * batch.reward_scale)  # 1 but for "normalize"
+        scale, limit = batch.of_games  # (B,) each; a scale is 1 but for "normalize"
+        rewards = rewards.clamp(-1, 1) if args.reward_clipping == "abs_one" else rewards * scale
         vs, pg_advantages = vtrace(log_rhos, discounts, rewards, values.detach(), bootstrap_value)
 
         policy_loss = -(log_pi_action * pg_advantages).sum()
         baseline_loss = 0.5 * (vs - values).square().sum()
-        entropy = -(log_pi.exp() * log_pi).sum()
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+        bonus = args.entropy_cost * entropy.minimum(limit).sum()
         left = self.learning_rate / (args.learning_rate or 1) if args.anneal_entropy else 1
-        loss = policy_loss + args.baseline_cost * baseline_loss - left * args.entropy_cost * entropy
-        sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/entropy": entropy,
-                "loss/total": loss, "vtrace/mean_rho": log_rhos.exp().clamp(max=1.0).sum(),
+        loss = policy_loss + args.baseline_cost * baseline_loss - left * bonus
+        sums = {"loss/policy": policy_loss, "loss/baseline": baseline_loss, "loss/total": loss,
+                "loss/entropy": entropy.sum(), "vtrace/mean_rho": log_rhos.clamp(max=0).exp().sum(),
                 "policy_lag": (self.weights.version - batch.version).sum()}  # in updates
         means = torch.stack([*sums.values()]).detach() / log_rhos.numel()
         return loss, dict(zip(sums, means.unbind()))
@@ -576,8 +577,9 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 def validation_args(args, games):
     """Arguments of the actor that plays held-out levels."""
     mode = args.valid_distribution_mode or args.distribution_mode
-    return replace(args, num_levels=args.valid_num_levels, start_level=args.valid_start_level,
-                   distribution_mode=mode, num_actors=1, num_envs=8 * len(games), num_servers=1)
+    return replace(args, env=tuple(games), multi_env=None, distribution_mode=mode,
+                   num_levels=args.valid_num_levels, start_level=args.valid_start_level,
+                   num_actors=1, num_envs=8 * len(games), num_servers=1)
 
 
 def check_args(args):
@@ -593,16 +595,9 @@ def check_args(args):
     if (args.save_extra_checkpoint or 0) > args.total_steps:
         raise ValueError(f"--save-extra-checkpoint must be at most --total-steps "
                          f"{args.total_steps}, got {args.save_extra_checkpoint}")
-    if args.env is not None and args.multi_env is not None:
-        raise ValueError("--env and --multi-env exclude each other")
-    mode, games = args.distribution_mode, GAMES[args.distribution_mode]
-    if (args.multi_env or 0) > len(games):
-        raise ValueError(f"--multi-env must be at most {len(games)} in distribution mode {mode}, "
-                         f"got {args.multi_env}")
-    games = games[: args.multi_env or 6] if args.env is None else [*args.env]
-    check_games(games, args)
+    games = check_games(args)
     if args.valid_num_levels:
-        check_games(games, validation_args(args, games), "valid-", args)
+        check_games(validation_args(args, games), "valid-", args)
     return games
 
 

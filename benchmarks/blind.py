@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import impala_procgen_srwm as script  # noqa: E402
+from housekeeping.engine import GAMES  # noqa: E402
 
 TESTS = (1000, 1200, 1400)  # first levels of the paper's test splits
 ACTIONS = ("left down", "left", "left up", "down", "nothing", "up", "right down", "right", "right up",
@@ -48,7 +49,7 @@ def scores(pool, games, policies, levels):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", nargs="+", choices=script.GAMES["easy"], default=script.GAMES["easy"], metavar="GAME")
+    parser.add_argument("--env", nargs="+", choices=GAMES["easy"], default=GAMES["easy"], metavar="GAME")
     parser.add_argument("--num-levels", type=int, default=200)
     args = parser.parse_args()
     script.make_envs(script.Args(), ["maze"], 1, seed=0)  # loads the pictures once, for all processes that are forked

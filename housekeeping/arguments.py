@@ -34,6 +34,8 @@ Positive = Annotated[int, Range(1)]
 Amount = Annotated[float, Range(0)]
 PositiveAmount = Annotated[float, Range(0, included=False)]
 Fraction = Annotated[float, Range(0, 1)]
+# Of some games: a game's name, then its amount, and so on.
+Amounts = Annotated[tuple[tuple[str, float], ...], Range(0), tyro.conf.arg(metavar="GAME FLOAT ...")]
 Steps = Annotated[int, Range(1, 10**15), tyro.constructors.PrimitiveConstructorSpec(
     1, "INT", lambda words: int(min(float(words[0]), 1e16)), lambda value: isinstance(value, int),
     lambda value: [str(value)])]  # may be written as 1e6
@@ -56,8 +58,10 @@ def check_values(args):
             if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
                 raise ValueError(f"{flag(name)} must be one of {', '.join(get_args(kind))}, got {value}")
             for part in getattr(kind, "__metadata__", ()):
-                if isinstance(part, Range) and value is not None and value not in part:
-                    raise ValueError(f"{flag(name)} must be {part}, got {value}")
+                if isinstance(part, Range):
+                    for number in [number for _, number in value] if isinstance(value, (tuple, list)) else [value]:
+                        if number is not None and number not in part:
+                            raise ValueError(f"{flag(name)} must be {part}, got {number}")
 
 
 def command_line(kind, default, description):

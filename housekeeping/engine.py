@@ -61,18 +61,23 @@ Game = Annotated[tuple[str, ...] | None,
                  tyro.conf.arg(metavar="GAME ...", help_behavior_hint=f"({', '.join(GAMES['easy'])})")]
 
 
-def check_games(games, args, valid="", trained=None):
-    """Raises ValueError unless the engine, which would abort the process, can play these levels of these games.
+def check_games(args, valid="", trained=None):
+    """The games of --env, or the first ones that --multi-env asks for. Raises ValueError unless the engine, which would
+    abort the process, can play these levels of them.
 
     Args:
-        games: a list of names.
-        args: with distribution_mode, num_levels and start_level.
-        valid: begins the names of these arguments in messages: "valid-" for those of the validation.
+        args: of a script.
+        valid: begins the names of some arguments in messages: "valid-" for those of the validation.
         trained: arguments of a training, with none of whose levels these may begin.
     """
     mode = args.distribution_mode
     if mode not in GAMES:
         raise ValueError(f"--{valid}distribution-mode must be one of {', '.join(GAMES)}, got {mode}")
+    if args.env is not None and args.multi_env is not None:
+        raise ValueError("--env and --multi-env exclude each other")
+    if (args.multi_env or 0) > len(GAMES[mode]):
+        raise ValueError(f"--multi-env must be at most {len(GAMES[mode])} in distribution mode {mode}, got {args.multi_env}")
+    games = GAMES[mode][: args.multi_env or 6] if args.env is None else [*args.env]
     if unknown := [game for game in games if game not in GAMES[mode]]:
         allowed = ", ".join(GAMES[mode])
         raise ValueError(f"--env must be one of {allowed} in {valid}distribution mode {mode}, got {unknown[0]}")
@@ -86,6 +91,11 @@ def check_games(games, args, valid="", trained=None):
         first, last = args.start_level, args.start_level + args.num_levels - 1
         if first < trained.start_level + (trained.num_levels or 2**31) and trained.start_level <= last:
             raise ValueError(f"--{valid}start-level must begin levels that are not trained on, got {first} to {last}")
+    limited = [game for game, _ in args.entropy_limits]
+    if wrong := [game for game in limited if game not in games or limited.count(game) > 1]:
+        allowed = ", ".join(dict.fromkeys(games))
+        raise ValueError(f"--entropy-limits must name games that are learned, {allowed}, and each once, got {wrong[0]}")
+    return games
 
 
 class ProcgenGym3Env(_Engine):

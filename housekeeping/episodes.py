@@ -1,5 +1,6 @@
 """Episodes that actors have played: their returns, and what is logged of them."""
 
+import math
 from collections import deque
 
 import numpy as np
@@ -27,9 +28,12 @@ class Episodes:
             ends[:, n] = sums[t, :, n]
         return np.concatenate([sums[-1] - ends, totals[2:] + dones.sum(0)])
 
-    def reward_scale(self, B):
-        """(1, B): one over the spread of each environment's game."""
-        return 1 / torch.tensor([self.spread(game) for game in self.games]).repeat(1, B // len(self.games))
+    def scales_and_limits(self, args):
+        """(2, B), for each environment's game: what to multiply its rewards by, one over its spread with --reward-clipping
+        normalize, and the entropy up to which it earns a bonus."""
+        scales = [1 / self.spread(game) if args.reward_clipping == "normalize" else 1 for game in self.games]
+        limits = [dict(args.entropy_limits).get(game, math.inf) for game in self.games]
+        return torch.tensor([scales, limits]).repeat(1, args.num_envs // len(self.games))
 
     def full(self):
         return all(len(episodes) == episodes.maxlen for episodes in self.recent.values())

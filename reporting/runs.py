@@ -111,7 +111,8 @@ def choose_splits(args, mode, games, script, history, is_best=False):
         if last is not None and first <= last:
             raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two")
         last = first + count - 1
-        engine.check_games(games, replace(trained, distribution_mode=mode, start_level=first, num_levels=count))
+        engine.check_games(replace(trained, env=tuple(games), multi_env=None, entropy_limits=(), distribution_mode=mode,
+                                   start_level=first, num_levels=count))
         column = "test"
         for seen, seen_games in history:
             begin, end = seen.start_level, seen.start_level + (seen.num_levels or 2**31)

@@ -63,6 +63,11 @@ def test_a_checkpoint_may_have_a_single_game_as_it_once_was():
     ("--grad-norm-clipping 0", "--grad-norm-clipping must be positive"),
     ("--valid-num-levels 10 --valid-start-level 195", "--valid-start-level must begin levels that are not trained on, got 195"),
     ("--valid-num-levels 10 --num-levels 0", "--valid-start-level must begin levels that are not trained on"),
+    ("--entropy-limits leaper -1", "--entropy-limits must be at least 0 and at most 2147483647, got -1.0"),
+    ("--entropy-limits maze 1 leaper nan", "--entropy-limits must be at least 0 and at most 2147483647, got nan"),
+    ("--env leaper maze leaper --entropy-limits plunder 1",
+     "--entropy-limits must name games that are learned, leaper, maze, and each once, got plunder"),
+    ("--entropy-limits leaper 1 leaper 2", "and each once, got leaper"),
     ("--exp-name a/b", "--exp-name must be a folder's name"),
     ("--exp-name \xff\x1b", "--exp-name must be a folder's name"),
     (f"--exp-name {300 * 'a'}", "--exp-name must be a folder's name"),
@@ -76,6 +81,7 @@ def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     ("--distribution-mode exploration", "'easy', 'hard', 'extreme', 'memory'"),
     ("--reward-clipping sometimes", "'abs_one', 'normalize', 'none'"),
+    ("--entropy-limits leaper", "--entropy-limits"),
     ("--seed one", "--seed"), ("--learning-rat 1", "--learning-rate"), ("--gamma 0.9", "--gamma"),
 ])
 def test_what_cannot_be_parsed_is_refused_by_tyro_which_names_what_is_allowed(words, expected, command, capsys, tmp_path):
@@ -158,9 +164,10 @@ def test_the_engine_plays_every_game_of_every_mode_and_no_other():
     """In a process of its own, since the engine aborts on a game that lacks the mode."""
     program = """
 import numpy as np, impala_procgen_srwm as script
-for mode, games in script.GAMES.items():
-    args = script.Args(distribution_mode=mode)
-    script.check_games(games, args)
+from housekeeping.engine import GAMES
+for mode, games in GAMES.items():
+    args = script.Args(distribution_mode=mode, env=tuple(games))
+    assert script.check_games(args) == games
     envs = script.make_envs(args, games, 2 * len(games), seed=1)
     envs.act(np.zeros(2 * len(games), dtype=np.int32))
     assert envs.observe()[1]["rgb"].shape == (2 * len(games), 64, 64, 3), mode

@@ -12,8 +12,9 @@ import pytest
 
 import impala_procgen_srwm as script
 from benchmarks import blind
+from housekeeping.engine import GAMES
 
-ARGS, SIX = script.Args(), script.GAMES["easy"][:6]
+ARGS, SIX = script.Args(), GAMES["easy"][:6]
 REWARDS_AND_EPISODES = "5cb8f949750934c8"
 FRAMES = "47faacec0491cb12"
 # Games that two versions of Qt draw differently, somewhere: the one of procgen-mirror, and that of procgen-gym, whose
@@ -36,7 +37,7 @@ DO_THE_SAME = {  # groups of actions that do the same, as docs/engine.md counts 
     "miner": FOUR_WAYS, "bossfight": WITH_A_KEY, "caveflyer": WITH_A_KEY, "chaser": EIGHT_WAYS, "climber": JUMPING,
     "coinrun": EIGHT_WAYS, "dodgeball": WITH_A_KEY, "heist": EIGHT_WAYS, "jumper": JUMPING,
     "ninja": [[0, 1], [2], [3, 4], [5], [6, 7], [8], [9, 13, 14], [10], [11], [12]]}
-SLOW_BEYOND_SIX = [pytest.param(game, marks=() if game in SIX else pytest.mark.slow) for game in script.GAMES["easy"]]
+SLOW_BEYOND_SIX = [pytest.param(game, marks=() if game in SIX else pytest.mark.slow) for game in GAMES["easy"]]
 # Test levels of maze, and the training levels that they are. (Levels 0 to 199 are trained on, 1000 to 1599 are tests.)
 SAME_MAZES = {1008: 103, 1010: 72, 1022: 45, 1026: 72, 1029: 45, 1034: 43, 1109: 134, 1119: 196, 1123: 14, 1178: 196,
               1201: 72, 1352: 14, 1417: 134, 1533: 17, 1565: 70}
@@ -89,7 +90,7 @@ def digest(*arrays):
 @pytest.fixture(scope="module")
 def played():
     """Frames (150, 32, 64, 64, 3), rewards and dones (150, 32) of two environments of each game with random actions."""
-    envs = make(script.GAMES["easy"], 32, seed=7)
+    envs = make(GAMES["easy"], 32, seed=7)
     random, steps = np.random.RandomState(0), []
     for _ in range(150):
         steps.append(look(envs))
@@ -104,7 +105,7 @@ def test_rewards_and_episodes_are_the_same_bytes_on_every_python(played):
 
 
 def test_frames_are_the_same_bytes_on_every_python_but_for_games_that_qt_draws_differently(played):
-    same = np.array([game not in DRAWN_DIFFERENTLY for game in script.GAMES["easy"]] * 2)
+    same = np.array([game not in DRAWN_DIFFERENTLY for game in GAMES["easy"]] * 2)
     assert not set(SIX) & set(DRAWN_DIFFERENTLY)
     assert digest(played[1][:, same]) == FRAMES
 
@@ -126,9 +127,9 @@ def test_a_state_is_carried_from_one_engine_to_another():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", script.GAMES)
+@pytest.mark.parametrize("mode", GAMES)
 def test_an_episode_goes_on_the_same_in_an_engine_that_its_state_is_carried_to(mode):
-    for game in script.GAMES[mode]:
+    for game in GAMES[mode]:
         first, second = (make(game, 4, mode, seed=seed) for seed in (1, 99))
         random = np.random.RandomState(0)
         for _ in range(60):
@@ -231,9 +232,9 @@ def test_a_time_limit_looks_like_a_death():
     assert not look(envs)[0].any() and not envs.get_info()[0]["prev_level_complete"]
 
 
-@pytest.mark.parametrize("mode", script.GAMES)
+@pytest.mark.parametrize("mode", GAMES)
 def test_time_limits(mode):
-    for game in script.GAMES[mode]:
+    for game in GAMES[mode]:
         limit = 2000 if (game, mode) == ("jumper", "memory") else LIMITS.get(game, 1000)
         assert time_limit(make(game, mode=mode).get_state()[0]) == limit, game
 
@@ -260,7 +261,7 @@ def ends_at_limits(game, mode, levels, choose):
 def test_the_share_of_random_play_s_episodes_that_end_at_time_limits():
     random = np.random.RandomState(0)
     share = {(game, mode): ends_at_limits(game, mode, range(100), lambda num: random.randint(0, 15, num))
-             for mode, games in (("easy", SIX), ("memory", script.GAMES["memory"])) for game in games}
+             for mode, games in (("easy", SIX), ("memory", GAMES["memory"])) for game in games}
     assert {which: round(100 * value) for which, value in share.items() if value} == {
         ("maze", "easy"): 54, ("leaper", "easy"): 3, ("heist", "memory"): 89, ("jumper", "memory"): 89,
         ("maze", "memory"): 67, ("miner", "memory"): 12, ("caveflyer", "memory"): 11, ("dodgeball", "memory"): 3}
@@ -268,7 +269,7 @@ def test_the_share_of_random_play_s_episodes_that_end_at_time_limits():
 
 @pytest.mark.slow
 def test_games_whose_every_episode_of_doing_nothing_ends_at_the_time_limit():
-    short = [game for game in script.GAMES["easy"] if game not in ("bigfish", "bossfight", "plunder")]
+    short = [game for game in GAMES["easy"] if game not in ("bigfish", "bossfight", "plunder")]
     always = {game for game in short if ends_at_limits(game, "easy", range(30), lambda num: [4] * num) == 1}
     assert always == {"maze", "leaper", "miner", "climber", "coinrun", "heist", "ninja"}
 
@@ -316,8 +317,8 @@ def test_in_fruitbot_the_last_step_gives_10_or_20():
 
 def test_easy_and_hard_mode_begin_with_the_same_frame_in_two_games():
     first = {(game, mode): [digest(look(make(game, mode=mode, levels=1, start=level))[1]) for level in range(5)]
-             for mode in ("easy", "hard", "extreme") for game in script.GAMES[mode]}
-    same = {game for game in script.GAMES["easy"] if first[game, "easy"] == first[game, "hard"]}
+             for mode in ("easy", "hard", "extreme") for game in GAMES[mode]}
+    same = {game for game in GAMES["easy"] if first[game, "easy"] == first[game, "hard"]}
     assert same == {"bossfight", "starpilot"} and first["starpilot", "easy"] == first["starpilot", "extreme"]
 
 
@@ -333,7 +334,7 @@ def test_in_dodgeball_the_first_throw_goes_where_the_episode_before_looked():
     assert not np.array_equal(throw(after), fresh)
 
 
-@pytest.mark.parametrize("game", sorted({*script.GAMES["easy"]} - {"miner", "dodgeball"}))
+@pytest.mark.parametrize("game", sorted({*GAMES["easy"]} - {"miner", "dodgeball"}))
 def test_but_for_miner_and_dodgeball_an_episode_does_not_depend_on_the_one_before(game):
     fresh, after = (each_level(game, range(12)) for _ in range(2))
     random = np.random.RandomState(0)
@@ -438,7 +439,7 @@ def test_a_blind_policy_s_score_is_that_of_the_table_in_the_results():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("game", script.GAMES["easy"])
+@pytest.mark.parametrize("game", GAMES["easy"])
 def test_first_frames_of_test_levels_that_are_those_of_training_levels(game):
     first = [digest(look(make(game, levels=1, start=level))[1]) for level in (*range(200), *range(1000, 1600))]
     repeated = [level for level, frame in enumerate(first[200:], 1000) if frame in set(first[:200])]

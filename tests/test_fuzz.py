@@ -29,6 +29,7 @@ WORDS = {
     "grad-norm-clipping": ["1e-3", "1000", "0", "-1"],
     "discounting": ["0", "0.9", "1", "1.01", "-1"],
     "entropy-cost": ["0", "1", "-1"],
+    "entropy-limits": ["leaper 1", "", "maze 0.5 leaper 0", "pong 1", "leaper", "leaper -1"],
     "baseline-cost": ["0", "1", "-1"],
     "reward-clipping": ["normalize", "none", "soft", ""],
     "seed": ["0", "7", "2147483647", "-1", "2147483648"],
@@ -57,7 +58,7 @@ def draw(rng):
     for name in rng.sample(list(WORDS), rng.randint(1, 5)):
         words = WORDS[name]
         word = rng.choice(words[: max(1, len(words) // 2)] if rng.random() < 0.66 else words)
-        line += [f"--{name}", *(word.split() if name == "env" else [word])]
+        line += [f"--{name}", *(word.split() if name in ("env", "entropy-limits") else [word])]
     return line + ([rng.choice(SWITCHES)] if rng.random() < 0.3 else [])
 
 

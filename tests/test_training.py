@@ -97,7 +97,7 @@ def test_an_unroll_begins_with_the_time_step_that_ended_the_one_before():
 def test_an_unroll_that_is_begun_ahead_is_the_same(length, cuda):
     """So are returns; and what is handed on is not written to by what is begun."""
     args = script.Args(**ARGS | dict(unroll_length=length, cuda=cuda))
-    kinds = ("obs", "reward", "done", "action", "logits", "version", "reward_scale")
+    kinds = ("obs", "reward", "done", "action", "logits", "version", "of_games")
     unrolls, recorded, others = [], [], queue.Queue()
     others.put("another free one")
     for ahead in (False, True):
@@ -342,15 +342,18 @@ def test_episodes_are_counted_over_the_ends_of_unrolls():
     assert episodes.saved() == {"maze": [(3.0, 2), (3.0, 1), (7.0, 3), (3.0, 1)], "leaper": [(100.0, 4), (100.0, 4)]}
 
 
+@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("reward_clipping", ["abs_one", "none", "normalize"])
-def test_the_loss_is_that_of_the_paper(reward_clipping):
-    """Sums over time and batch of policy gradient, half squared error and entropy, from the batch's shifted rewards."""
+def test_the_loss_is_that_of_the_paper(reward_clipping, limited):
+    """Sums over time and batch of policy gradient, half squared error and entropy, from the batch's shifted rewards. With
+    limits, what a step's entropy has beyond that of its environment's game earns nothing."""
     args = script.Args(reward_clipping=reward_clipping, **ARGS | dict(num_envs=4))
     actor, learner, unroll, _ = parts(args)
     play(actor, unroll)
     unroll.reward.copy_(torch.randn(21, 4) * 3)
-    if reward_clipping == "normalize":
-        unroll.reward_scale.copy_(torch.tensor([[0.5, 2.0, 0.1, 1.0]]))
+    scales = [0.5, 2.0, 0.1, 1.0] if reward_clipping == "normalize" else [1.0] * 4
+    limits = torch.tensor([math.inf, 0.0, 2.0, 2.7] if limited else [math.inf] * 4)
+    unroll.of_games.copy_(torch.stack([torch.tensor(scales), limits]))
     unroll.version.copy_(torch.randint(40, (20, 4)))
     learner.weights.version.fill_(50)
     learner.batch.copy_from(unroll, 0, 4)
@@ -362,14 +365,14 @@ def test_the_loss_is_that_of_the_paper(reward_clipping):
     pi, mu = torch.distributions.Categorical(logits=logits[:-1]), torch.distributions.Categorical(logits=learner.batch.logits)
     log_rhos = pi.log_prob(unroll.action) - mu.log_prob(unroll.action)
     rewards = {"abs_one": unroll.reward.clamp(-1, 1), "none": unroll.reward,
-               "normalize": unroll.reward * torch.tensor([0.5, 2.0, 0.1, 1.0])}[reward_clipping][1:]
+               "normalize": unroll.reward * torch.tensor(scales)}[reward_clipping][1:]
     discounts = 0.99 * (1 - unroll.done[1:].float())
     vs, advantages = script.vtrace(log_rhos, discounts, rewards, values[:-1], values[-1])
     policy, baseline = -(pi.log_prob(unroll.action) * advantages).sum(), 0.5 * (vs - values[:-1]).square().sum()
-    expected = policy + 0.5 * baseline - 0.01 * pi.entropy().sum()
+    expected = policy + 0.5 * baseline - 0.01 * pi.entropy().minimum(limits).sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-3)
     rho, lag = log_rhos.exp().clamp(max=1).sum(), (50 - unroll.version).sum()
-    parts_per_step = torch.stack([policy, baseline, pi.entropy().sum(), expected, rho, lag]) / 80
+    parts_per_step = torch.stack([policy, baseline, expected, pi.entropy().sum(), rho, lag]) / 80
     torch.testing.assert_close(torch.stack([*statistics.values()]), parts_per_step, rtol=1e-4, atol=1e-4)
 
 
@@ -423,16 +426,18 @@ def test_normalized_rewards_are_divided_by_the_spread_of_the_game_s_last_hundred
         episodes.add("maze", 10 * (value % 2), 1)
         episodes.add("leaper", value / 100, 1)  # 9 to 9.99, the last hundred
     play(actor, unroll)
-    maze, leaper = unroll.reward_scale[0, :2].tolist()
+    maze, leaper = unroll.of_games[0, :2].tolist()
     assert maze == pytest.approx(1 / 5, rel=0.1) and leaper == pytest.approx(1 / np.arange(9, 10, 0.01).std(), rel=0.1)
-    assert unroll.reward_scale.tolist() == [[maze, leaper] * 3]  # environments play the games by turns
+    assert unroll.of_games[0].tolist() == [maze, leaper] * 3  # environments play the games by turns
 
 
-def test_environments_of_one_game_have_one_scale():
+@pytest.mark.parametrize("reward_clipping, scale", [("normalize", 0.5), ("none", 1)])
+def test_environments_of_one_game_have_one_scale_and_one_limit(reward_clipping, scale):
     episodes = script.Episodes(["leaper", "maze", "leaper"])
     for value in range(10):
         episodes.add("maze", 4 * (value % 2), 1)
-    assert episodes.reward_scale(6).tolist() == [[1, 0.5, 1] * 2]
+    args = script.Args(reward_clipping=reward_clipping, entropy_limits=(("leaper", 0.75),), num_envs=6)
+    assert episodes.scales_and_limits(args).tolist() == [[1, scale, 1] * 2, [0.75, math.inf, 0.75] * 2]
 
 
 def test_the_spread_of_few_or_equal_returns_is_one():
@@ -544,6 +549,18 @@ def test_the_entropy_cost_falls_with_the_learning_rate_if_asked_to(words, train)
     shares, costs = shares_and_entropy_costs(train("--total-steps", 200, *words))
     np.testing.assert_allclose(shares, 1 - np.arange(0, 200, 20) / 200, rtol=1e-4)
     np.testing.assert_allclose(costs, 0.01 * (shares if words else 1), rtol=0.01, atol=1e-5)
+
+
+def test_games_with_an_entropy_limit_of_0_earn_no_bonus(train, command):
+    """The two games have half of the environments each, and next to the same entropy."""
+    run = train("--total-steps", 200, "--entropy-limits", "fruitbot", 0)
+    np.testing.assert_allclose(shares_and_entropy_costs(run)[1], 0.005, rtol=0.05)
+    command(script, "--resume", run, "--total-steps", 300)
+    np.testing.assert_allclose(shares_and_entropy_costs(run)[1], 0.005, rtol=0.05)
+    command(script, "--resume", run, "--total-steps", 400, "--entropy-limits", "fruitbot", 0, "bigfish", 0)
+    np.testing.assert_allclose(shares_and_entropy_costs(run)[1][-5:], 0, atol=1e-4)
+    command(script, "--resume", run, "--total-steps", 500, "--entropy-limits")
+    np.testing.assert_allclose(shares_and_entropy_costs(run)[1][-5:], 0.01, rtol=0.05)
 
 
 def test_an_entropy_cost_that_falls_with_a_learning_rate_of_0_is_a_number(train):
@@ -992,12 +1009,13 @@ def test_a_gpu_without_stream_memory_operations_trains_too(command, monkeypatch,
 
 
 @pytest.mark.gpu
-def test_the_entropy_cost_falls_through_cuda_graphs(command, tmp_path):
+@pytest.mark.parametrize("words, cost", [([], 0.01), (["--entropy-limits", "fruitbot", 0], 0.005)])
+def test_the_entropy_cost_falls_through_cuda_graphs(words, cost, command, tmp_path):
     command(script, *"--cuda --multi-env 2 --num-actors 2 --num-envs 16 --batch-size 8 --total-steps 8000".split(),
-            "--anneal-entropy", "--log-interval", 0)
+            "--anneal-entropy", "--log-interval", 0, *words)
     shares, costs = shares_and_entropy_costs(next((tmp_path / "runs").iterdir()))
     assert shares[0] > 0.9 and shares[-1] < 0.2
-    np.testing.assert_allclose(costs, 0.01 * shares, rtol=0.02, atol=2e-5)
+    np.testing.assert_allclose(costs, cost * shares, rtol=0.1 if words else 0.02, atol=2e-5)
 
 
 @pytest.mark.gpu
