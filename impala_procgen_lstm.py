@@ -80,7 +80,7 @@ class LearningArgs:
     baseline_cost: Amount = 0.5  # weight of the value loss
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
     anneal_entropy: bool = False  # entropy_cost falls with the learning rate
-    entropy_limits: Amounts = ()  # of games, in nats: a step earns no bonus for more
+    entropy_limits: Amounts = ()  # largest entropy (nats) that a game's step earns a bonus for
     # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
     # of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
@@ -224,7 +224,7 @@ class Unroll:
         self.action = zeros(T, B, dtype=torch.int64)
         self.logits = zeros(T, B, NUM_ACTIONS)  # of the policy that acted
         self.version = zeros(T, B, dtype=torch.int32)  # of the weights that acted
-        self.of_games = zeros(2, B) + 1  # each one's reward scale and entropy limit
+        self.of_games = torch.stack([zeros(B) + 1, zeros(B) + math.inf])  # scales and limits
         self.state = agent.initial_state(B)  # before the first step
         self.read = srwm_cuda.record_event()  # the learner has: it may be filled again
 
@@ -252,7 +252,7 @@ class Actor:
         self.noise = torch.zeros_like(self.unroll.logits)  # n = log Exp(1): argmax(log p - n) ~ p
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_diverged, self.waited = torch.zeros((), device=device), 0.0  # for free unrolls
-        self.of_games = torch.ones(2, B, pin_memory=args.cuda)  # for steps()
+        self.of_games = torch.ones(2, B, pin_memory=args.cuda)  # for steps(), set by play()
         self.flags = srwm_cuda.Flags(block.flags, device, block.tensors)
         self.parts = [functools.partial(self.steps, t, min(t + 5, T)) for t in range(0, T, 5)]
         self.captured = args.cuda and args.cuda_graphs and self.flags.on_stream

@@ -34,8 +34,8 @@ Positive = Annotated[int, Range(1)]
 Amount = Annotated[float, Range(0)]
 PositiveAmount = Annotated[float, Range(0, included=False)]
 Fraction = Annotated[float, Range(0, 1)]
-# Of some games: a game's name, then its amount, and so on.
-Amounts = Annotated[tuple[tuple[str, float], ...], Range(0), tyro.conf.arg(metavar="GAME FLOAT ...")]
+Amounts = Annotated[tuple[tuple[str, float], ...], Range(0), tyro.conf.arg(  # of some games
+    metavar="GAME FLOAT ...", help_behavior_hint="(as in: leaper 0.8 maze 1; others have none)")]
 Steps = Annotated[int, Range(1, 10**15), tyro.constructors.PrimitiveConstructorSpec(
     1, "INT", lambda words: int(min(float(words[0]), 1e16)), lambda value: isinstance(value, int),
     lambda value: [str(value)])]  # may be written as 1e6
@@ -45,9 +45,14 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def as_words(value):
+    """The words with which an argument's value is typed: of a list, those of all it holds."""
+    return [word for each in value for word in as_words(each)] if isinstance(value, (tuple, list)) else [str(value)]
+
+
 def as_typed(value):
     """An argument's value as messages show it: a list as its words, with spaces between them."""
-    return " ".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
+    return " ".join(as_words(value)) or "none" if isinstance(value, (tuple, list)) else value
 
 
 def check_values(args):
@@ -107,7 +112,10 @@ def from_plain(plain, kind):
         return None if plain is None else from_plain(plain, next(part for part in parts if part is not NoneType))
     if origin in (tuple, list):
         one_kind, plain = origin is list or ... in parts, [plain] if isinstance(plain, str) else plain  # --env was one
-        return origin(map(from_plain, plain, parts[:1] * len(plain) if one_kind else parts))
+        kinds = parts[:1] * len(plain) if one_kind else parts
+        if len(plain) != len(kinds):
+            raise TypeError(f"{as_typed(plain)} is not {len(kinds)} values")
+        return origin(map(from_plain, plain, kinds))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind[plain]
     return Path(plain) if kind is Path else plain

@@ -62,13 +62,13 @@ Game = Annotated[tuple[str, ...] | None,
 
 
 def check_games(args, valid="", trained=None):
-    """The games of --env, or the first ones that --multi-env asks for. Raises ValueError unless the engine, which would
-    abort the process, can play these levels of them.
+    """The games to play: those of --env, or the first ones, as many as --multi-env says, or six. Raises ValueError unless
+    the engine, which would abort the process, can play their levels, and for an entropy limit of another game.
 
     Args:
         args: of a script.
         valid: begins the names of some arguments in messages: "valid-" for those of the validation.
-        trained: arguments of a training, with none of whose levels these may begin.
+        trained: arguments of a training. The levels may not begin with one of its levels.
     """
     mode = args.distribution_mode
     if mode not in GAMES:
@@ -92,9 +92,12 @@ def check_games(args, valid="", trained=None):
         if first < trained.start_level + (trained.num_levels or 2**31) and trained.start_level <= last:
             raise ValueError(f"--{valid}start-level must begin levels that are not trained on, got {first} to {last}")
     limited = [game for game, _ in args.entropy_limits]
-    if wrong := [game for game in limited if game not in games or limited.count(game) > 1]:
-        allowed = ", ".join(dict.fromkeys(games))
-        raise ValueError(f"--entropy-limits must name games that are learned, {allowed}, and each once, got {wrong[0]}")
+    for game in limited:
+        if game not in games:
+            allowed = ", ".join(dict.fromkeys(games))
+            raise ValueError(f"--entropy-limits must name games that are learned ({allowed}), got {game}")
+        if limited.count(game) > 1:
+            raise ValueError(f"--entropy-limits must name a game once, got {game} twice")
     return games
 
 

@@ -194,8 +194,8 @@ def flags_of(saved, script, defaults=None):
         if argument.name not in ("cuda", "resume") and arguments.as_typed(value) != arguments.as_typed(default):
             flag = argument.name.replace("_", "-")
             switch = f"--{'no-' * (not value)}{flag}"
-            words = map(str, value if isinstance(value, list) else [value])
-            flags[argument.name] = switch if argument.type is bool else f"--{flag} {shlex.join(words)}"
+            typed = f"--{flag} {shlex.join(arguments.as_words(value))}"
+            flags[argument.name] = switch if argument.type is bool else typed
     return flags
 
 

@@ -19,6 +19,7 @@ from conftest import first_fast
 import evaluate
 import impala_procgen_srwm as script
 from housekeeping import arguments, engine, processes
+from reporting import runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +28,18 @@ def test_a_checkpoint_may_have_a_single_game_as_it_once_was():
     saved = arguments.to_plain(script.Args())
     for plain, env in ((None, None), ("maze", ("maze",)), (["maze", "leaper"], ("maze", "leaper"))):
         assert script.from_plain(saved | dict(env=plain)).env == env
+
+
+def test_arguments_of_games_are_printed_as_they_are_typed(monkeypatch):
+    """Of a checkpoint, which holds them as lists; and one with lists of other lengths is refused."""
+    limits = dict(entropy_limits=(("leaper", 0.8), ("maze", 1.5)))
+    saved = arguments.to_plain(script.Args(env=("maze", "leaper"), **limits))
+    flags = runs.flags_of(saved, script)
+    assert flags == dict(env="--env maze leaper", entropy_limits="--entropy-limits leaper 0.8 maze 1.5")
+    monkeypatch.setattr(sys, "argv", ["script", *" ".join(flags.values()).split()])
+    assert script.command_line(script.Args()) == script.from_plain(saved) == script.Args(env=("maze", "leaper"), **limits)
+    with pytest.raises(ValueError, match="leaper is not 2 values"):
+        script.from_plain(saved | dict(entropy_limits=[["leaper"]]))
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -66,8 +79,8 @@ def test_a_checkpoint_may_have_a_single_game_as_it_once_was():
     ("--entropy-limits leaper -1", "--entropy-limits must be at least 0 and at most 2147483647, got -1.0"),
     ("--entropy-limits maze 1 leaper nan", "--entropy-limits must be at least 0 and at most 2147483647, got nan"),
     ("--env leaper maze leaper --entropy-limits plunder 1",
-     "--entropy-limits must name games that are learned, leaper, maze, and each once, got plunder"),
-    ("--entropy-limits leaper 1 leaper 2", "and each once, got leaper"),
+     "--entropy-limits must name games that are learned (leaper, maze), got plunder"),
+    ("--entropy-limits leaper 1 leaper 2", "--entropy-limits must name a game once, got leaper twice"),
     ("--exp-name a/b", "--exp-name must be a folder's name"),
     ("--exp-name \xff\x1b", "--exp-name must be a folder's name"),
     (f"--exp-name {300 * 'a'}", "--exp-name must be a folder's name"),
