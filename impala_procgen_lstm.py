@@ -451,7 +451,7 @@ class Learner:
         # The engine answers action t with reward, done and frame of time step t + 1: whether that
         # action ended its episode is done[t + 1], and what it earned is reward[t + 1].
         rewards, discounts = batch.reward[1:], args.discounting * (~batch.done[1:]).float()
-        scale, limit = batch.of_games  # (B,) each; a scale is 1 but for "normalize"
+        scale, limit = batch.of_games  # (B,): of rewards, 1 but for "normalize"; of entropy
         rewards = rewards.clamp(-1, 1) if args.reward_clipping == "abs_one" else rewards * scale
         vs, pg_advantages = vtrace(log_rhos, discounts, rewards, values.detach(), bootstrap_value)
 
@@ -596,6 +596,7 @@ def check_args(args):
         raise ValueError(f"--save-extra-checkpoint must be at most --total-steps "
                          f"{args.total_steps}, got {args.save_extra_checkpoint}")
     games = check_games(args)
+    arguments.check_amounts("entropy_limits", args.entropy_limits, games)
     if args.valid_num_levels:
         check_games(validation_args(args, games), "valid-", args)
     return games

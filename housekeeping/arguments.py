@@ -35,7 +35,7 @@ Amount = Annotated[float, Range(0)]
 PositiveAmount = Annotated[float, Range(0, included=False)]
 Fraction = Annotated[float, Range(0, 1)]
 Amounts = Annotated[tuple[tuple[str, float], ...], Range(0), tyro.conf.arg(  # of some games
-    metavar="GAME FLOAT ...", help_behavior_hint="(as in: leaper 0.8 maze 1; others have none)")]
+    metavar="GAME FLOAT ...", help_behavior_hint="(as in: leaper 0.8 maze 1; other games: none)")]
 Steps = Annotated[int, Range(1, 10**15), tyro.constructors.PrimitiveConstructorSpec(
     1, "INT", lambda words: int(min(float(words[0]), 1e16)), lambda value: isinstance(value, int),
     lambda value: [str(value)])]  # may be written as 1e6
@@ -45,14 +45,14 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def as_words(value):
-    """The words with which an argument's value is typed: of a list, those of all it holds."""
-    return [word for each in value for word in as_words(each)] if isinstance(value, (tuple, list)) else [str(value)]
+def leaves(value):
+    """The value, or of a list all values in it, also those in lists in it: each is a word of the command line."""
+    return [leaf for each in value for leaf in leaves(each)] if isinstance(value, (tuple, list)) else [value]
 
 
 def as_typed(value):
     """An argument's value as messages show it: a list as its words, with spaces between them."""
-    return " ".join(as_words(value)) or "none" if isinstance(value, (tuple, list)) else value
+    return " ".join(map(str, leaves(value))) or "none" if isinstance(value, (tuple, list)) else value
 
 
 def check_values(args):
@@ -63,10 +63,19 @@ def check_values(args):
             if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
                 raise ValueError(f"{flag(name)} must be one of {', '.join(get_args(kind))}, got {value}")
             for part in getattr(kind, "__metadata__", ()):
-                if isinstance(part, Range):
-                    for number in [number for _, number in value] if isinstance(value, (tuple, list)) else [value]:
-                        if number is not None and number not in part:
-                            raise ValueError(f"{flag(name)} must be {part}, got {number}")
+                numbers = [x for x in leaves(value) if not isinstance(x, (str, NoneType))] if isinstance(part, Range) else []
+                if wrong := [x for x in numbers if x not in part]:
+                    raise ValueError(f"{flag(name)} must be {part}, got {wrong[0]}")
+
+
+def check_amounts(name, amounts, games):
+    """Raises ValueError unless these are amounts of games that are learned, of each at most one."""
+    names = [game for game, _ in amounts]
+    for game in names:
+        if game not in games:
+            raise ValueError(f"{flag(name)} must name games that are learned ({', '.join(dict.fromkeys(games))}), got {game}")
+        if names.count(game) > 1:
+            raise ValueError(f"{flag(name)} must name a game once, got {game} twice")
 
 
 def command_line(kind, default, description):

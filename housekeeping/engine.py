@@ -63,12 +63,12 @@ Game = Annotated[tuple[str, ...] | None,
 
 def check_games(args, valid="", trained=None):
     """The games to play: those of --env, or the first ones, as many as --multi-env says, or six. Raises ValueError unless
-    the engine, which would abort the process, can play their levels, and for an entropy limit of another game.
+    the engine, which would abort the process, can play their levels.
 
     Args:
         args: of a script.
         valid: begins the names of some arguments in messages: "valid-" for those of the validation.
-        trained: arguments of a training. The levels may not begin with one of its levels.
+        trained: arguments of a training, none of whose levels may be among these.
     """
     mode = args.distribution_mode
     if mode not in GAMES:
@@ -91,13 +91,6 @@ def check_games(args, valid="", trained=None):
         first, last = args.start_level, args.start_level + args.num_levels - 1
         if first < trained.start_level + (trained.num_levels or 2**31) and trained.start_level <= last:
             raise ValueError(f"--{valid}start-level must begin levels that are not trained on, got {first} to {last}")
-    limited = [game for game, _ in args.entropy_limits]
-    for game in limited:
-        if game not in games:
-            allowed = ", ".join(dict.fromkeys(games))
-            raise ValueError(f"--entropy-limits must name games that are learned ({allowed}), got {game}")
-        if limited.count(game) > 1:
-            raise ValueError(f"--entropy-limits must name a game once, got {game} twice")
     return games
 
 

@@ -111,8 +111,8 @@ def choose_splits(args, mode, games, script, history, is_best=False):
         if last is not None and first <= last:
             raise ValueError(f"--splits must not overlap: with --num-levels {args.num_levels}, level {first} is in two")
         last = first + count - 1
-        engine.check_games(replace(trained, env=tuple(games), multi_env=None, entropy_limits=(), distribution_mode=mode,
-                                   start_level=first, num_levels=count))
+        engine.check_games(replace(trained, env=tuple(games), multi_env=None, distribution_mode=mode, start_level=first,
+                                   num_levels=count))
         column = "test"
         for seen, seen_games in history:
             begin, end = seen.start_level, seen.start_level + (seen.num_levels or 2**31)
@@ -194,7 +194,7 @@ def flags_of(saved, script, defaults=None):
         if argument.name not in ("cuda", "resume") and arguments.as_typed(value) != arguments.as_typed(default):
             flag = argument.name.replace("_", "-")
             switch = f"--{'no-' * (not value)}{flag}"
-            typed = f"--{flag} {shlex.join(arguments.as_words(value))}"
+            typed = f"--{flag} {shlex.join(map(str, arguments.leaves(value)))}"
             flags[argument.name] = switch if argument.type is bool else typed
     return flags
 
