@@ -61,6 +61,7 @@ class EnvironmentArgs:
     distribution_mode: Mode = "easy"  # each has its own list of games
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels
+    noop_max: arguments.Counts = ()  # a game's episodes begin with 0 to so many idle steps
     num_actors: Positive | None = None  # actor threads (None: by the number of cores)
     num_envs: Positive | None = None  # of each (None: by cores and batch, often 90; on a CPU 36)
     num_servers: Positive | None = None  # processes of the engine (None: one for each core)
@@ -81,8 +82,7 @@ class LearningArgs:
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
     anneal_entropy: bool = False  # entropy_cost falls with the learning rate
     entropy_limits: Amounts = ()  # largest entropy (nats) that a game's step earns a bonus for
-    # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
-    # of a game's returns, or raw
+    # rewards to learn from: clamped to [-1, 1], divided by the spread of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
     carry_state: bool = True  # from unroll to unroll; without, the state-reset ablation
 
@@ -600,9 +600,9 @@ class Args(ModelArgs, LearningArgs, EnvironmentArgs, RunArgs):
 
 
 def validation_args(args, games):
-    """Arguments of the actor that plays held-out levels."""
+    """Arguments of the actor that plays held-out levels, from their first step on."""
     mode = args.valid_distribution_mode or args.distribution_mode
-    return replace(args, env=tuple(games), multi_env=None, distribution_mode=mode,
+    return replace(args, env=tuple(games), multi_env=None, distribution_mode=mode, noop_max=(),
                    num_levels=args.valid_num_levels, start_level=args.valid_start_level,
                    num_actors=1, num_envs=8 * len(games), num_servers=1)
 
@@ -621,7 +621,7 @@ def check_args(args):
         raise ValueError(f"--save-extra-checkpoint must be at most --total-steps "
                          f"{args.total_steps}, got {args.save_extra_checkpoint}")
     games = check_games(args)
-    arguments.check_amounts("entropy_limits", args.entropy_limits, games)
+    arguments.check_named_games(args, games)
     if args.valid_num_levels:
         check_games(validation_args(args, games), "valid-", args)
     return games

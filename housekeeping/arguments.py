@@ -36,6 +36,8 @@ PositiveAmount = Annotated[float, Range(0, included=False)]
 Fraction = Annotated[float, Range(0, 1)]
 Amounts = Annotated[tuple[tuple[str, float], ...], Range(0), tyro.conf.arg(  # of some games
     metavar="GAME FLOAT ...", help_behavior_hint="(as in: leaper 0.8 maze 1; other games: none)")]
+Counts = Annotated[tuple[tuple[str, int], ...], Range(0), tyro.conf.arg(
+    metavar="GAME INT ...", help_behavior_hint="(as in: leaper 40 maze 5; other games: 0)")]
 Steps = Annotated[int, Range(1, 10**15), tyro.constructors.PrimitiveConstructorSpec(
     1, "INT", lambda words: int(min(float(words[0]), 1e16)), lambda value: isinstance(value, int),
     lambda value: [str(value)])]  # may be written as 1e6
@@ -68,14 +70,15 @@ def check_values(args):
                     raise ValueError(f"{flag(name)} must be {part}, got {wrong[0]}")
 
 
-def check_amounts(name, amounts, games):
-    """Raises ValueError unless these are amounts of games that are learned, of each at most one."""
-    names = [game for game, _ in amounts]
-    for game in names:
-        if game not in games:
-            raise ValueError(f"{flag(name)} must name games that are learned ({', '.join(dict.fromkeys(games))}), got {game}")
-        if names.count(game) > 1:
-            raise ValueError(f"{flag(name)} must name a game once, got {game} twice")
+def check_named_games(args, games):
+    """Raises ValueError unless amounts and counts of games are of games that are learned, of each at most one."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        names = [game for game, _ in getattr(args, name)] if hint in (Amounts, Counts) else []
+        if unknown := [game for game in names if game not in games]:
+            allowed = ", ".join(dict.fromkeys(games))
+            raise ValueError(f"{flag(name)} must name games that are learned ({allowed}), got {unknown[0]}")
+        if twice := [game for game in names if names.count(game) > 1]:
+            raise ValueError(f"{flag(name)} must name a game once, got {twice[0]} twice")
 
 
 def command_line(kind, default, description):

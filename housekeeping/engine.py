@@ -41,6 +41,7 @@ else:  # for which there is no procgen, but its engine, unchanged, in another pa
             state = ctypes.create_string_buffer(2**20)
             return [state[: self.call_c_func("get_state", n, state, len(state))] for n in range(self.num)]
 
+NOOP = 4  # the action that neither moves nor fires
 Mode = Literal["easy", "hard", "extreme", "memory"]
 # The games in the order of --multi-env, and the ranges that normalize their returns (Cobbe et al. 2020, appendix C).
 RETURN_RANGE = {
@@ -119,6 +120,30 @@ class ProcgenGym3Env(_Engine):
         return super()._numpy_aligned(shape, dtype, *rest)
 
 
+class NoopStarts:
+    """Lets an environment's episodes begin with steps in which it does nothing, whatever the action: of as many as are drawn
+    from 0 to a maximum, so that a level is not always the same one in time (Mnih et al. 2015, "no-op starts").
+
+    Args:
+        envs: environments in one vector.
+        most: (num,), the maximum of each.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, envs, most, seed):
+        self.envs, self.most, self.random = envs, np.asarray(most), np.random.default_rng(seed)
+        self.left = np.zeros_like(self.most)  # steps
+
+    def observe(self):
+        reward, obs, first = self.envs.observe()
+        self.left[first] = self.random.integers(self.most[first] + 1)
+        return reward, obs, first
+
+    def act(self, action):
+        self.envs.act(np.where(self.left > 0, NOOP, action).astype(np.int32))
+        self.left -= 1
+
+
 class Engine:
     """Processes that play the environments of all actors. Each plays a part of those of two actors or more, if there are two:
     for one while the policy of another computes. What passes between an actor and its processes lies in a block of memory
@@ -174,6 +199,8 @@ class Engine:
         games = [self.games[n % len(self.games)] for n in range(part.start, part.stop)]
         *inputs, action = (x.numpy()[part] for x in block.tensors)
         envs = self.make_envs(self.args, games, len(games), seed, frames=inputs[0])  # which the engine draws to
+        if any(most := [dict(self.args.noop_max).get(game, 0) for game in games]):
+            envs = NoopStarts(envs, most, seed)
         nanoseconds, begin = flag.view(np.int64)[4:], time.monotonic_ns()  # from byte 32 on
         while True:
             reward, obs, done = envs.observe()

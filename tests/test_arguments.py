@@ -32,10 +32,11 @@ def test_a_checkpoint_may_have_a_single_game_as_it_once_was():
 
 def test_arguments_of_games_are_printed_as_they_are_typed(monkeypatch):
     """Of a checkpoint, which holds them as lists; and one with lists of other lengths is refused."""
-    limits = dict(entropy_limits=(("leaper", 0.8), ("maze", 1.5)))
+    limits = dict(entropy_limits=(("leaper", 0.8), ("maze", 1.5)), noop_max=(("leaper", 40),))
     saved = arguments.to_plain(script.Args(env=("maze", "leaper"), **limits))
     flags = runs.flags_of(saved, script)
-    assert flags == dict(env="--env maze leaper", entropy_limits="--entropy-limits leaper 0.8 maze 1.5")
+    assert flags == dict(env="--env maze leaper", entropy_limits="--entropy-limits leaper 0.8 maze 1.5",
+                         noop_max="--noop-max leaper 40")
     monkeypatch.setattr(sys, "argv", ["script", *" ".join(flags.values()).split()])
     assert script.command_line(script.Args()) == script.from_plain(saved) == script.Args(env=("maze", "leaper"), **limits)
     with pytest.raises(ValueError, match="leaper is not 2 values"):
@@ -81,6 +82,9 @@ def test_arguments_of_games_are_printed_as_they_are_typed(monkeypatch):
     ("--env leaper maze leaper --entropy-limits plunder 1",
      "--entropy-limits must name games that are learned (leaper, maze), got plunder"),
     ("--entropy-limits leaper 1 leaper 2", "--entropy-limits must name a game once, got leaper twice"),
+    ("--noop-max leaper -1", "--noop-max must be at least 0 and at most 2147483647, got -1"),
+    ("--noop-max heist 1", "--noop-max must name games that are learned (bigfish, fruitbot, maze, leaper, plunder, starpilot)"),
+    ("--noop-max maze 1 leaper 5 maze 1", "--noop-max must name a game once, got maze twice"),
     ("--exp-name a/b", "--exp-name must be a folder's name"),
     ("--exp-name \xff\x1b", "--exp-name must be a folder's name"),
     (f"--exp-name {300 * 'a'}", "--exp-name must be a folder's name"),
@@ -94,7 +98,7 @@ def test_bad_arguments_are_refused(words, expected, command, refused, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     ("--distribution-mode exploration", "'easy', 'hard', 'extreme', 'memory'"),
     ("--reward-clipping sometimes", "'abs_one', 'normalize', 'none'"),
-    ("--entropy-limits leaper", "--entropy-limits"),
+    ("--entropy-limits leaper", "--entropy-limits"), ("--noop-max leaper 1.5", "GAME INT ..."),
     ("--seed one", "--seed"), ("--learning-rat 1", "--learning-rate"), ("--gamma 0.9", "--gamma"),
 ])
 def test_what_cannot_be_parsed_is_refused_by_tyro_which_names_what_is_allowed(words, expected, command, capsys, tmp_path):

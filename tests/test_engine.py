@@ -12,6 +12,7 @@ import pytest
 
 import impala_procgen_srwm as script
 from benchmarks import blind
+from housekeeping import engine
 from housekeeping.engine import GAMES
 
 ARGS, SIX = script.Args(), GAMES["easy"][:6]
@@ -96,6 +97,26 @@ def played():
         steps.append(look(envs))
         envs.act(random.randint(0, 15, 32).astype(np.int32))
     return [np.array(x) for x in zip(*steps)]
+
+
+def test_episodes_begin_with_as_many_idle_steps_as_are_drawn_and_then_every_action_counts():
+    """Each number from 0 to the most, about as often as any other; in bigfish, whose most is 0, none."""
+    envs, taken, firsts = make(["fruitbot", "bigfish"], 64, seed=3), [], []
+    act, envs.act = envs.act, lambda actions: taken.append(actions.copy()) or act(actions)
+    starts = engine.NoopStarts(envs, [5, 0] * 32, seed=1)
+    for _ in range(200):
+        firsts.append(starts.observe()[2].copy())
+        starts.act(np.full(64, 7))  # right
+    counts, firsts, taken = np.zeros(6, int), np.array(firsts), np.array(taken)
+    for n in range(64):
+        begins = np.flatnonzero(firsts[:, n])
+        for begin, end in zip(begins, begins[1:]):
+            actions = taken[begin:end, n]
+            idle = int((actions == engine.NOOP).sum())
+            assert (actions == [engine.NOOP] * idle + [7] * (len(actions) - idle)).all()
+            counts[idle] += n % 2 == 0
+            assert n % 2 == 0 or idle == 0
+    assert counts.sum() > 60 and ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 20.5  # one in a thousand
 
 
 def test_rewards_and_episodes_are_the_same_bytes_on_every_python(played):

@@ -443,6 +443,7 @@ def test_a_checkpoint_with_any_bit_flipped_is_refused_or_the_same(trained, tmp_p
 def test_two_deterministic_runs_are_the_same_bit_for_bit(cuda, tmp_path):
     """In processes of their own; another seed gives another run."""
     words = "--multi-env 2 --num-actors 2 --num-envs 12 --unroll-length 5 --batch-size 8 --total-steps 800".split()
+    words += ["--noop-max", "fruitbot", "9"]
 
     def model(name, seed):
         options = ["--deterministic", "--seed", str(seed), "--exp-name", name, "--cuda" if cuda else "--no-cuda"]

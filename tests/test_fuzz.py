@@ -30,6 +30,7 @@ WORDS = {
     "discounting": ["0", "0.9", "1", "1.01", "-1"],
     "entropy-cost": ["0", "1", "-1"],
     "entropy-limits": ["leaper 1", "", "maze 0.5 leaper 0", "pong 1", "leaper", "leaper -1"],
+    "noop-max": ["leaper 9", "", "maze 0 leaper 1", "pong 1", "leaper", "leaper -1", "leaper 1.5"],
     "baseline-cost": ["0", "1", "-1"],
     "reward-clipping": ["normalize", "none", "soft", ""],
     "seed": ["0", "7", "2147483647", "-1", "2147483648"],
@@ -58,7 +59,7 @@ def draw(rng):
     for name in rng.sample(list(WORDS), rng.randint(1, 5)):
         words = WORDS[name]
         word = rng.choice(words[: max(1, len(words) // 2)] if rng.random() < 0.66 else words)
-        line += [f"--{name}", *(word.split() if name in ("env", "entropy-limits") else [word])]
+        line += [f"--{name}", *(word.split() if name in ("env", "entropy-limits", "noop-max") else [word])]
     return line + ([rng.choice(SWITCHES)] if rng.random() < 0.3 else [])
 
 

@@ -180,6 +180,22 @@ def test_environments_play_the_game_of_their_number_and_move_by_their_own_action
         begin = end
 
 
+def test_in_training_alone_the_environments_of_a_game_with_idle_steps_do_nothing_at_first():
+    """With next to endlessly many, a game's environments never move; those of the other play the actor's actions."""
+    args = script.Args(**ARGS, noop_max=(("leaper", 2**31 - 1),), valid_num_levels=5)
+    actor, _, unroll, _ = parts(args)
+    play(actor, unroll)
+    envs = script.make_envs(args, ["maze", "leaper"], 6, seed=1)
+    for t in range(21):
+        assert (unroll.obs[t].numpy() == envs.observe()[1]["rgb"]).all()
+        if t < 20:
+            actions = unroll.action[t].int().numpy()
+            actions[1::2] = 4
+            envs.act(actions)
+    assert len(unroll.action[:, 1::2].unique()) > 10  # learned from as they were drawn
+    assert script.validation_args(args, ["maze", "leaper"]).noop_max == ()
+
+
 def test_a_process_plays_for_several_actors():
     args = script.Args(**ARGS | dict(num_actors=4, num_servers=2))
     engine = script.Engine(script.make_envs, args, ["maze", "leaper"], seed=1, frame_shape=script.FRAME_SHAPE)
