@@ -13,10 +13,9 @@ arXiv 2202.05780). Learning: IMPALA with V-trace (Espeholt et al. 2018, arXiv 18
        ^                              |   ^                       |
        '----------- action -----------'   '------- Weights -------'
 
-The engine's processes play the environments. Learner and actors are threads of this process. The
-story comes first, then housekeeping. For an ablation, copy this file; the scripts of the other five
-agents are this one but for the model section. In shapes, T is time steps, B environments, H heads
-of size D; "the reference" is the paper's own code, IDSIA/modern-srwm.
+Learner and actors are threads, the engine has processes. The story comes first, then housekeeping.
+For an ablation, copy this file; the other scripts differ in the model section. In shapes, T is time
+steps, B environments, H heads of size D; "the reference" is the paper's code, IDSIA/modern-srwm.
 """
 
 import contextlib
@@ -61,7 +60,7 @@ class EnvironmentArgs:
     distribution_mode: Mode = "easy"  # each has its own list of games
     num_levels: Count = 200  # levels of each game to train on; 0: all
     start_level: Count = 0  # the first of these levels
-    noop_max: arguments.Counts = ()  # a game's episodes begin with 0 to so many idle steps
+    noop_max: arguments.Counts = ()  # training episodes begin with idle steps: 0 to these
     num_actors: Positive | None = None  # actor threads (None: by the number of cores)
     num_envs: Positive | None = None  # of each (None: by cores and batch, often 90; on a CPU 36)
     num_servers: Positive | None = None  # processes of the engine (None: one for each core)
@@ -82,7 +81,8 @@ class LearningArgs:
     entropy_cost: Amount = 0.01  # weight of the entropy bonus
     anneal_entropy: bool = False  # entropy_cost falls with the learning rate
     entropy_limits: Amounts = ()  # largest entropy (nats) that a game's step earns a bonus for
-    # rewards to learn from: clamped to [-1, 1], divided by the spread of a game's returns, or raw
+    # rewards to learn from (the agent sees them clamped): clamped to [-1, 1], divided by the spread
+    # of a game's returns, or raw
     reward_clipping: Literal["abs_one", "normalize", "none"] = "abs_one"
     carry_state: bool = True  # from unroll to unroll; without, the state-reset ablation
 

@@ -121,11 +121,12 @@ class ProcgenGym3Env(_Engine):
 
 
 class NoopStarts:
-    """Lets an environment's episodes begin with steps in which it does nothing, whatever the action: of as many as are drawn
-    from 0 to a maximum, so that a level is not always the same one in time (Mnih et al. 2015, "no-op starts").
+    """Lets episodes begin with steps in which nothing is done, whatever the action: as many as are drawn, from 0 to a
+    maximum. So what moves in a level is not always where it was at that step. As the no-op starts of Mnih et al. (2015), but
+    the agent sees them.
 
     Args:
-        envs: environments in one vector.
+        envs: environments in one vector; their `noop`, if they have one, is the action that does nothing.
         most: (num,), the maximum of each.
         seed: of what is drawn.
     """
@@ -133,6 +134,7 @@ class NoopStarts:
     def __init__(self, envs, most, seed):
         self.envs, self.most, self.random = envs, np.asarray(most), np.random.default_rng(seed)
         self.left = np.zeros_like(self.most)  # steps
+        self.noop = getattr(envs, "noop", NOOP)
 
     def observe(self):
         reward, obs, first = self.envs.observe()
@@ -140,7 +142,7 @@ class NoopStarts:
         return reward, obs, first
 
     def act(self, action):
-        self.envs.act(np.where(self.left > 0, NOOP, action).astype(np.int32))
+        self.envs.act(np.where(self.left > 0, self.noop, action).astype(np.int32))
         self.left -= 1
 
 

@@ -104,19 +104,21 @@ def test_episodes_begin_with_as_many_idle_steps_as_are_drawn_and_then_every_acti
     envs, taken, firsts = make(["fruitbot", "bigfish"], 64, seed=3), [], []
     act, envs.act = envs.act, lambda actions: taken.append(actions.copy()) or act(actions)
     starts = engine.NoopStarts(envs, [5, 0] * 32, seed=1)
-    for _ in range(200):
+    for _ in range(400):
         firsts.append(starts.observe()[2].copy())
         starts.act(np.full(64, 7))  # right
-    counts, firsts, taken = np.zeros(6, int), np.array(firsts), np.array(taken)
+    counts, firsts, taken = np.zeros((64, 6), int), np.array(firsts), np.array(taken)
     for n in range(64):
         begins = np.flatnonzero(firsts[:, n])
         for begin, end in zip(begins, begins[1:]):
             actions = taken[begin:end, n]
             idle = int((actions == engine.NOOP).sum())
             assert (actions == [engine.NOOP] * idle + [7] * (len(actions) - idle)).all()
-            counts[idle] += n % 2 == 0
-            assert n % 2 == 0 or idle == 0
-    assert counts.sum() > 60 and ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 20.5  # one in a thousand
+            counts[n, idle] += 1
+    assert counts[1::2, 0].sum() == counts[1::2].sum() > 0
+    counts, total = counts[::2], counts[::2].sum(0)
+    assert total.min() > 0 and ((total - total.mean()) ** 2 / total.mean()).sum() < 20.5  # one in a thousand
+    assert ((counts > 0).sum(1) > 1).all()  # drawn anew for each episode
 
 
 def test_rewards_and_episodes_are_the_same_bytes_on_every_python(played):

@@ -196,6 +196,27 @@ def test_in_training_alone_the_environments_of_a_game_with_idle_steps_do_nothing
     assert script.validation_args(args, ["maze", "leaper"]).noop_max == ()
 
 
+def test_a_wrapper_says_which_of_its_actions_does_nothing(monkeypatch):
+    make_envs = script.make_envs
+
+    class Backwards:
+        noop = 10  # where the engine has 4
+
+        def __init__(self, envs):
+            self.envs, self.observe = envs, envs.observe
+
+        def act(self, action):
+            self.envs.act(14 - action)
+
+    monkeypatch.setattr(script, "make_envs", lambda *words, **options: Backwards(make_envs(*words, **options)))
+    actor, _, unroll, _ = parts(script.Args(**ARGS, noop_max=(("maze", 2**31 - 1), ("leaper", 2**31 - 1))))
+    play(actor, unroll)
+    envs = make_envs(script.Args(), ["maze", "leaper"], 6, seed=1)
+    for t in range(21):
+        assert (unroll.obs[t].numpy() == envs.observe()[1]["rgb"]).all()
+        envs.act(np.full(6, 4, np.int32))
+
+
 def test_a_process_plays_for_several_actors():
     args = script.Args(**ARGS | dict(num_actors=4, num_servers=2))
     engine = script.Engine(script.make_envs, args, ["maze", "leaper"], seed=1, frame_shape=script.FRAME_SHAPE)
