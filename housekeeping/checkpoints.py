@@ -44,9 +44,10 @@ def check_name(name):
 
 def make_folder(name):
     """A new folder runs/NAME__TIME, locked, in the working folder."""
-    if not Path("runs").is_dir() and os.path.lexists("runs"):
-        raise ValueError("runs must be a folder, or a link to one: it is where runs go")
-    Path("runs").mkdir(exist_ok=True)
+    try:
+        Path("runs").mkdir(exist_ok=True)
+    except FileExistsError:
+        raise ValueError("runs must be a folder, or a link to one: it is where runs go") from None
     folder = Path("runs") / f"{name}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     while True:
         with contextlib.suppress(FileExistsError):

@@ -734,9 +734,23 @@ def test_a_checkpoint_of_a_time_when_validation_s_episodes_were_not_kept_is_resu
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor() as pool:
-        assert len(set(pool.map(checkpoints.make_folder, ["name"] * 3))) == 3 == len(list(tmp_path.glob("runs/*")))
+    """Also where none has made runs/ yet: 30 races for it, in each of which all begin at once."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns between almost any two steps
+    barrier = threading.Barrier(4)
+
+    def make(name):
+        barrier.wait()
+        return checkpoints.make_folder(name)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for race in range(30):
+                (tmp_path / str(race)).mkdir()
+                monkeypatch.chdir(tmp_path / str(race))
+                assert len(set(pool.map(make, ["name"] * 4))) == 4 == len(list(Path("runs").iterdir()))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_the_best_checkpoint_is_chosen_by_a_hundred_episodes_of_each_game():
