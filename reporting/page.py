@@ -35,8 +35,10 @@ class Section:
 
     def groups(self):
         """Agents of as many steps each, those with the most first."""
-        return [[agent for agent in self.agents if self.steps[agent] == steps]
-                for steps in sorted(set(self.steps.values()), reverse=True)]
+        groups = {}
+        for agent in sorted(self.agents, key=lambda agent: -self.steps[agent]):
+            groups.setdefault(millions(self.steps[agent]), []).append(agent)
+        return [sorted(group, key=self.agents.index) for group in groups.values()]
 
     def pictures(self):
         """{file: agents}: one for each number of steps."""
@@ -137,7 +139,9 @@ class Section:
 
 
 def millions(steps):
-    return f"{steps // 10**6:,} M" if steps % 10**6 == 0 else f"{steps:,}"
+    """Steps in words: in whole millions also where a last batch went a little beyond them."""
+    whole = round(steps / 10**6)
+    return f"{whole:,} M" if 1000 * abs(steps - whole * 10**6) < steps else f"{steps:,}"
 
 
 def escape(text):
@@ -164,11 +168,11 @@ def write(sections, recipes, versions):
         for run in section.runs:
             name, record = run.path.name, run.records[0]
             lines.setdefault(name, [run.model, str(record["seed"]), millions(record["step"]),
-                                    record["distribution_mode"], f"[{name}]({name}/)"])
+                                    record["distribution_mode"], record["version"], f"[{name}]({name}/)"])
     parts += ["## Runs", "A run's folder has its command lines and arguments (arguments.json), the return of each "
-              "level and its learning curve."]
-    parts.append(markdown(["agent", "seed", "steps", "mode", "run"], list(lines.values())))
-    parts += [f"Versions {' and '.join(group['codes'])} of a script count as one: {group['why']}" for group in versions]
+              "level and its learning curve. Agents that differ in flags may be of different versions of the script, too."]
+    parts.append(markdown(["agent", "seed", "steps", "mode", "version", "run"], list(lines.values())))
+    parts += [f"Versions {' and '.join(group['codes'])} count as one: {group['why']}" for group in versions]
     parts = [part if part.startswith(("|", "#", "!")) else wrap(part) for part in parts]
     return "\n\n".join(parts) + "\n"
 

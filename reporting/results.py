@@ -131,7 +131,9 @@ def tables_of(folders):
         by_setting = {}
         for path in sorted(folder.glob("evaluation_*.json")):
             record = read_record(path)
-            record["code"] = same.get(record["code"], record["code"])
+            record["version"] = record["code"]
+            for part in (record, *record.get("parts", ()), *record["init_from"]):
+                part |= {name: same.get(part[name], part[name]) for name in tables.VERSIONS if name in part}
             actions = "greedy" if record["greedy"] else f"sampled_{record['action_seed']}"
             actions += f"_{number}_episodes" if (number := record.get("episodes", 1)) > 1 else ""
             setting = (record["distribution_mode"], actions, tuple(record["games"]), record["bf16"])
@@ -151,9 +153,9 @@ def tables_of(folders):
 
 
 def kept(name, default):
-    """What somebody has written into a file of results/, if it is there. versions.json: versions of scripts that count
-    as one, [{"codes": [...], "why": ...}]; recipes.json: sets of flags that have a name, {name: flags}; published.json:
-    agents of others, to compare with; the first that has training returns is in the pictures."""
+    """What somebody has written into a file of results/, if it is there. versions.json: versions of scripts, srwm_cuda/ or
+    housekeeping/ that count as one, [{"codes": [...], "why": ...}]; recipes.json: sets of flags that have a name, {name:
+    flags}; published.json: agents of others, to compare with; the first that has training returns is in the pictures."""
     path = RESULTS / name
     return json.loads(path.read_text()) if path.is_file() else default
 

@@ -142,36 +142,60 @@ def name_models(records, everything=False):
 
 
 def name_agents(records, recipes=None):
-    """Names for a table that says the steps and levels of training elsewhere: the script, and all that differs from its
-    defaults, which are the paper's settings. Steps and levels are said only where agents differ in nothing else.
-    recipes: {name: flags}, sets of flags that have a name."""
-    recipes = {name: set(re.split(" (?=--)", flags)) for name, flags in (recipes or {}).items()}
+    """Names for a table that says the steps, levels and versions of training elsewhere: the script, and all that differs
+    from its defaults, which are the paper's settings. What is said elsewhere is named only where agents differ in
+    nothing else: steps and levels, or versions, or both.
+    recipes: {name: flags}, sets of flags that have a name; with `--env`, of games to learn from, too."""
+    recipes = {name: set(map(in_any_order, re.split(" (?=--)", flags))) for name, flags in (recipes or {}).items()}
     known, names = [], []
     for record in records:
         parts = [record, *record.get("parts", ())]
-        own = next((name for name, flags in recipes.items()
-                    if all(flags <= set(part["flags"].values()) for part in parts)), None)
+        own = next((name for name, flags in sorted(recipes.items(), key=lambda item: -len(item[1]))
+                    if all(flags <= flags_of(part) for part in parts)), None)
         known.append((own, without(record, recipes.get(own, ()))))
-    for shorten in (True, False):
-        shown = [record for _, record in known]
-        for flag in ELSEWHERE * shorten:
+    for versioned, elsewhere in itertools.product((False, True), (ELSEWHERE, ())):
+        shown = [record if versioned else unversioned(record) for _, record in known]
+        for flag in elsewhere:
             shown = [without(record, [record["flags"].get(flag)]) for record in shown]
         long = [name.split(" ", 1) for name in name_models(shown, everything=True)]
         names.append([" ".join([f"{script}, {own}" if own else script, *rest])
                       for (own, _), (script, *rest) in zip(known, long)])
-    agents = {name: {number_of(record) for record, its in zip(records, names[0]) if its == name} for name in names[0]}
-    return [short if len(agents[short]) == 1 else long for short, long in zip(*names)]
+    found = []  # the numbers of the models of each name
+    for column in names:
+        found.append({})
+        for name, record in zip(column, records):
+            found[-1].setdefault(name, set()).add(number_of(record))
+    return [next((name for name, models in zip(choices, found) if len(models[name]) == 1), choices[-1])
+            for choices in zip(*names)]
 
 
 def without(record, flags):
-    """A record whose run, in all its parts, was started without these flags."""
+    """A record whose run, in all its parts, was started without these flags: without `--env`, from the games played."""
     def rest(part):
-        return part | dict(flags={name: words for name, words in part["flags"].items() if words not in flags})
+        kept = {name: words for name, words in part["flags"].items() if in_any_order(words) not in flags}
+        return part | dict(flags=kept)
 
     parts = [record, *record.get("parts", ())]
-    if not all(set(flags) <= set(part["flags"].values()) for part in parts):
+    if not all(set(flags) <= flags_of(part) for part in parts):
         return record
-    return rest(record) | dict(parts=[rest(part) for part in parts[1:]])
+    games = record["games" if any(words.startswith("--env ") for words in filter(None, flags)) else "trained_games"]
+    return rest(record) | dict(parts=[rest(part) for part in parts[1:]], trained_games=[*games])
+
+
+def flags_of(part):
+    return set(map(in_any_order, part["flags"].values()))
+
+
+def in_any_order(words):
+    """A flag, `--env` with its games sorted: in which order they are named is the same."""
+    flag, *games = words.split(" ")
+    return " ".join([flag, *sorted(games)]) if flag == "--env" else words
+
+
+def unversioned(part):
+    """A record, or a part of one, that knows no versions."""
+    inner = {name: [unversioned(each) for each in part[name]] for name in ("parts", "init_from") if name in part}
+    return part | dict.fromkeys(VERSIONS) | inner
 
 
 def one_of_each_seed(runs, records):

@@ -137,7 +137,8 @@ def test_the_report_s_numbers_are_those_of_evaluate_py(scored, score, command, c
     assert scores == [["agent", "steps", "seeds", "training levels", "test levels"], [AGENT, "20", "1", *normalized[3:5]]]
     means = [" / ".join(cell.split(" ")[0] for cell in line[3:5]) for line in games[1:]]
     assert returns == [["agent", "bigfish", "fruitbot"], [AGENT, *means]]
-    assert kept[1] == [AGENT, "1", "20", "easy", f"[{scored.name}]({scored.name}/)"]
+    own = json.loads((scored / "evaluation_easy_0_1.json").read_text())["code"]
+    assert kept[1] == [AGENT, "1", "20", "easy", own, f"[{scored.name}]({scored.name}/)"]
     _, *numbers = csv.reader(Path("results/easy_greedy.csv").read_text().splitlines())
     assert "(easy_greedy.csv)" in written and ["bigfish", "return", AGENT, "", "1", *games[1][3:6]] in numbers
     assert ["all", "normalized", AGENT, "", "1", *normalized[3:]] in numbers
@@ -161,13 +162,26 @@ def about(script="srwm", **flags):
     ([about(batch_size=64, discounting=0.9) | dict(parts=[dict(until=5, flags={}, code="a")])],
      ["srwm --batch-size 64 --discounting 0.9 (until step 5 without --batch-size without --discounting)"]),
     ([about(), about() | dict(code="b")], ["srwm code a", "srwm code b"]),
+    ([about(), about() | dict(housekeeping="b")], ["srwm", "srwm housekeeping b"]),
+    ([about(), about(momentum=1) | dict(code="b")], ["srwm", "srwm --momentum 1"]),  # of one version each
+    ([about(total_steps=5), about(), about() | dict(code="b")], ["srwm --total-steps 5", "srwm code a", "srwm code b"]),
+    ([about(gamma=1) | dict(parts=[dict(until=5, flags=dict(gamma="--gamma 1"), code="b")])], ["srwm --gamma 1"]),
+    ([about() | dict(init_from=[about(exp_name="--a") | dict(games=["maze"], exp_name="x", code="b")])],
+     ["srwm --init-from x (maze)"]),
+    ([about(env="maze leaper maze", gamma=0) | dict(trained_games=["maze", "leaper", "maze"], games=["leaper", "maze"])],
+     ["srwm, shares"]),
+    ([about(env="leaper leaper maze", gamma=0) | dict(trained_games=["leaper", "leaper", "maze"], games=["leaper"])],
+     ["srwm 2 x leaper, maze --gamma 0"]),
+    ([about(batch_size=64, env="maze maze leaper", gamma=0)], ["srwm, both"]),
     ([about(momentum=1) | dict(trained_games=["maze", "leaper", "maze"], games=["leaper", "maze"])] * 2,
      ["srwm leaper, 2 x maze --momentum 1"] * 2),
     ([about(distribution_mode="memory") | dict(trained_games=["heist", "dodgeball"], games=["dodgeball", "heist"])],
      ["srwm"]),
 ])
 def test_agents_are_named_by_what_differs_from_the_paper_s_settings(records, names):
-    assert tables.name_agents(records, {"mine": "--batch-size 64 --discounting 0.9"}) == names
+    recipes = {"mine": "--batch-size 64 --discounting 0.9", "shares": "--env leaper maze maze --gamma 0",
+               "both": "--gamma 0 --env maze leaper maze --batch-size 64"}
+    assert tables.name_agents(records, recipes) == names
 
 
 def scores(model, steps, value, seed=1, returns=(5, 10)):
@@ -193,6 +207,13 @@ def test_agents_of_as_many_steps_share_a_picture_and_are_compared_with_the_srwm(
         ["minus srwm", "training levels"], ["lstm", "0.200 [0.200, 0.200]"], ["delta", "-0.300 [-0.300, -0.300]"]]
     assert differences[0][1][3] == "0.000 [0.000, 0.000]"
     assert len([line for line in found.numbers().splitlines() if "difference" in line]) == 6
+
+
+def test_steps_of_a_last_batch_beyond_a_million_make_no_other_group():
+    found = section(scores("lstm", 3 * 10**8 + 2400, 9.0), scores("srwm", 3 * 10**8, 8.0), scores("ff", 301 * 10**6, 7.0))
+    assert found.groups() == [["ff"], ["lstm", "srwm"]]
+    words = {20: "20", 400_000: "400,000", 1_002_000: "1,002,000", 999_999: "1 M", 10**9 + 5: "1,000 M"}
+    assert {steps: page.millions(steps) for steps in words} == words
 
 
 def test_a_difference_of_single_levels_has_no_interval_whichever_agent_comes_first():
@@ -261,7 +282,7 @@ def test_versions_of_a_script_are_one_model_only_if_somebody_says_why(scored, co
     Path("results/versions.json").write_text(json.dumps(versions))
     assert models() == [AGENT, AGENT]
     command(results, "report")
-    assert f"Versions {own} and 12345678 of a script count as one: They differ in a comment." in (
+    assert f"Versions {own} and 12345678 count as one: They differ in a comment." in (
         " ".join(Path("results/README.md").read_text().split()))
 
 
