@@ -420,7 +420,7 @@ def test_leaper_s_score_is_the_share_of_levels_with_at_most_one_lane_of_cars():
     """What docs/results.md says of the recipe's five agents. A state ends with the row of the goal, and a last word."""
     rows = [int.from_bytes(make("leaper", levels=1, start=n).get_state()[0][-8:-4], "little") for n in range(200)]
     lanes = (np.array(rows) - 3) // 2
-    files = list((Path(__file__).parent.parent / "results").glob("recipe*/evaluation_easy_0_200.json"))
+    files = list((Path(__file__).parent.parent / "results").glob("recipe_*/evaluation_easy_0_200.json"))
     solved = np.array([json.loads(file.read_text())["games"]["leaper"]["returns"] for file in files]) > 0
     assert np.bincount(lanes).tolist() == [53, 39, 58, 50] and len(solved) == 5
     assert solved[:, lanes <= 1].all() and solved[:, lanes > 1].mean() < 0.02
@@ -430,7 +430,7 @@ def test_leaper_s_score_is_the_share_of_levels_with_at_most_one_lane_of_cars():
 def test_the_recipe_s_agents_fail_on_the_same_levels():
     """What docs/results.md says of them. The third number of a level's Mersenne Twister is the size of its maze."""
     def returns(splits):  # (agents, games, levels)
-        runs = sorted(path for path in RESULTS.parent.parent.glob("results/recipe*") if path.is_dir())
+        runs = sorted(path for path in RESULTS.parent.parent.glob("results/recipe_*") if path.is_dir())
         files = [[run / f"evaluation_easy_{first}_200.json" for run in runs] for first in splits]
         played = [[json.loads(file.read_text())["games"] for file in split] for split in files]
         return np.concatenate([[[games[game]["returns"] for game in SIX] for games in split] for split in played], 2)
