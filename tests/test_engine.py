@@ -248,6 +248,38 @@ def test_in_leaper_the_five_actions_after_a_jump_has_begun_do_nothing():
     assert outcomes == [1, 1, 1, 1, 1, 5, 5]
 
 
+@pytest.mark.parametrize("mode", ["easy", "hard"])
+def test_in_plunder_shots_and_what_they_hit_make_an_episode_longer_or_shorter(mode):
+    """One shot in step 150 of each level, or none: a full bar lasts 667 steps."""
+    levels = range(60)
+    for shot, lengths in (None, {(0, 667)}), (150, {(0, 667 - 13), (0, 667 - 13 - 67), (1, 667 - 13 + 66)}):
+        envs, total, length, delays = each_level("plunder", levels, mode), np.zeros(60), np.zeros(60, dtype=int), set()
+        for t in range(800):
+            reward, _, done = step(envs, 9 if t == shot else 4)
+            going = length == 0
+            total += reward * going
+            delays |= {t - shot} if shot and (reward * going).any() else set()
+            length[going & done] = t + 1
+        assert set(zip(total, length)) == lengths and delays <= set(range(11, 17))
+        assert bool(delays) == bool(shot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fires, returns, steps", [
+    (0.02, 2.6, 536), (0.07, 4.4, 373), (0.15, 4.3, 270), (0.25, 3.5, 210), (0.5, 2.3, 155), (1, 1.7, 125)])
+def test_in_plunder_random_play_earns_most_with_few_shots(fires, returns, steps):
+    envs, random = make("plunder", 64), np.random.RandomState(0)
+    total, length, ended = np.zeros(64), np.zeros(64, dtype=int), []
+    for _ in range(3000):
+        moves = random.choice([1, 4, 7], 64)
+        reward, _, done = step(envs, *np.where(random.random_sample(64) < fires, 9, moves))
+        total, length = total + reward, length + 1
+        ended += zip(total[done], length[done])
+        total[done], length[done] = 0, 0
+    earned, lasted = np.mean(ended, axis=0)  # as docs/engine.md says
+    assert (round(earned, 1), round(lasted)) == (returns, steps)
+
+
 def test_a_time_limit_looks_like_a_death():
     envs = make("maze", levels=1)
     ends = [step(envs, 4)[2][0] for _ in range(LIMITS["maze"])]
