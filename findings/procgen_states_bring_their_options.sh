@@ -3,7 +3,7 @@
 # things are. Given to an engine of other options with set_state, it brings along the mode, the set of levels, and how
 # frames are drawn: from then on that engine plays as the one that the state is from, also in the episodes that follow. So
 # who starts agents of "new levels" or of "hard" from a kept state plays the old levels, or easy ones, ever after. Nothing
-# says so, and one option, restrict_themes, does not come along.
+# says so, and of the options tried below one, restrict_themes, does not come along.
 #
 # Seen on 1 December 2026: engines of levels 900 to 902 that were given a state of level 10 to 12 played 10, 11, 10, as the
 # engine that the state is from does. Engines of one level with another mode, background, centre, velocity, assets or
